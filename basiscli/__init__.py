@@ -1,0 +1,73 @@
+"""Model surgery: merge, compress and initialise checkpoints and adapters, streamed tensor by tensor.
+
+What the command line does, Python can do, with the same names:
+
+    import basiscli
+    result = basiscli.merge(["a", "b", "c"], method="ortho", base="base", output="merged")
+    result.report.numbers["lambda"]
+
+Names are loaded when they are first used, so that importing this package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from basiscli.version import __version__
+
+if TYPE_CHECKING:
+    from basiscli.api.diff import TensorDifference, diff
+    from basiscli.api.inspect import Inspection, inspect
+    from basiscli.api.merge import MergeResult, merge, plan_merge
+    from basiscli.api.verify import Verification, verify
+    from basiscli.checkpoints.architecture import Kind
+    from basiscli.errors import BasisError, GateFailed, HubError, InputError, ResourceError, UsageError
+    from basiscli.reports.schema import Report
+    from basiscli.transforms import History, Norms, Parameters, TaskVectorMerge, TaskVectors, transform
+
+_HOMES = {
+    "basiscli.api.diff": ["TensorDifference", "diff"],
+    "basiscli.api.inspect": ["Inspection", "inspect"],
+    "basiscli.api.merge": ["MergeResult", "merge", "plan_merge"],
+    "basiscli.api.verify": ["Verification", "verify"],
+    "basiscli.checkpoints.architecture": ["Kind"],
+    "basiscli.errors": ["BasisError", "GateFailed", "HubError", "InputError", "ResourceError", "UsageError"],
+    "basiscli.reports.schema": ["Report"],
+    "basiscli.transforms": ["History", "Norms", "Parameters", "TaskVectorMerge", "TaskVectors", "transform"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BasisError",
+    "GateFailed",
+    "History",
+    "HubError",
+    "InputError",
+    "Inspection",
+    "Kind",
+    "MergeResult",
+    "Norms",
+    "Parameters",
+    "Report",
+    "ResourceError",
+    "TaskVectorMerge",
+    "TaskVectors",
+    "TensorDifference",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "diff",
+    "inspect",
+    "merge",
+    "plan_merge",
+    "transform",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'basiscli' has no attribute '{name}'")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,150 @@
+"""Merging several checkpoints or LoRA adapters of one base into one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Required, TypedDict, Unpack
+
+from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.dtypes import parse_dtype
+from basiscli.engine.local import Progress, Silent, default_workers
+from basiscli.engine.merge_plan import MergePlan, Settings
+from basiscli.engine.merge_plan import plan_merge as _plan
+from basiscli.errors import InputError, UsageError
+from basiscli.names import parse_size
+from basiscli.registry import Registry
+from basiscli.reports.schema import Report
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the result is, and its report."""
+
+    path: Path
+    report: Report
+
+
+class MergeOptions(TypedDict, total=False):
+    """What `merge` and `plan_merge` take by name; `merge` documents each."""
+
+    method: Required[str]
+    base: str | Path | None
+    onto: str | Path | None
+    parameters: Mapping[str, Any]
+    weights: Sequence[float] | None
+    output: str | Path | None
+    as_adapter: bool
+    plugins: Sequence[str | Path]
+    device: str
+    dtype: str | None
+    shard_size: str
+    workers: int | None
+    seed: int
+    resume: bool
+    overwrite: bool
+    allow_nonfinite: bool
+    allow_missing: bool
+    trust_remote_code: bool
+
+
+_SETTINGS = ("device", "seed", "resume", "overwrite", "allow_nonfinite", "allow_missing", "trust_remote_code")
+
+
+def merge(
+    models: Sequence[str | Path], *, progress: Progress | None = None, **options: Unpack[MergeOptions]
+) -> MergeResult:
+    """Merge models into a new checkpoint (or adapter) and return its path and report.
+
+    Args:
+        models: folders, weight files, Hub ids (`org/name@revision`) or LoRA adapters; the order counts for `ortho`.
+        progress: what to tell how far the work is.
+        **options: by name:
+
+            method: a name that `basis methods` lists (required).
+            base: the common base; by default the one that all models name.
+            onto: the result of an earlier merge by the same method, to be continued with these models.
+            parameters: the method's parameters by name.
+            weights: one number a model, for methods that take weights; all 1 by default.
+            output: the folder to make; `./merge-METHOD` by default.
+            as_adapter: write a LoRA adapter instead of a checkpoint (only adapters in, `ortho` only).
+            plugins: Python files with further methods.
+            device: 'auto', 'cpu', 'cuda', 'cuda:1'.
+            dtype: storage dtype of the result; by default each tensor's in the base (else the first model).
+            shard_size: size limit of a file, '5GB' by default.
+            workers: tensors worked on at a time; any number gives the same bytes.
+            seed: for methods that draw random numbers.
+            resume: go on where an interrupted run of the same merge stopped (default).
+            overwrite: replace an earlier output of basis.
+            allow_nonfinite: accept NaN and Inf.
+            allow_missing: accept parameters that only some models have; the names of the base (else the first model) win.
+            trust_remote_code: copy `*.py` files of the base into the result; nothing runs them.
+
+    Raises:
+        UsageError, InputError, HubError, ResourceError: see `basiscli.errors`. Nothing is then left under the output's
+            name; after an interruption or a full disk, the same call goes on where it stopped.
+    """
+    return run_merge(plan_merge(models, **options), progress or Silent())
+
+
+def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) -> MergePlan:
+    """Return the plan of a merge without writing anything and without importing torch; arguments as for `merge`."""
+    workers, dtype = options.get("workers"), options.get("dtype")
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers", remedy="at least one")
+    settings = Settings(
+        dtype=parse_dtype(dtype) if dtype else None,
+        shard_bytes=parse_size(options.get("shard_size", "5GB")),
+        workers=workers or default_workers(),
+        **{name: options[name] for name in _SETTINGS if name in options},  # type: ignore[literal-required]
+    )
+    base, onto = options.get("base"), options.get("onto")
+    return _plan(
+        [str(model) for model in models],
+        Registry.with_files([Path(file) for file in options.get("plugins", ())]).find("merge", options["method"]),
+        options.get("parameters", {}),
+        base=None if base is None else str(base),
+        onto=None if onto is None else str(onto),
+        weights=options.get("weights"),
+        out=options.get("output"),
+        as_adapter=options.get("as_adapter", False),
+        settings=settings,
+    )
+
+
+def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
+    """Carry out a plan."""
+    started = time.monotonic()
+    from basiscli.checkpoints.sidecars import adapter_config, sidecar_files
+    from basiscli.checkpoints.writer import REPORT, PartialOutput
+    from basiscli.engine.merge_run import MergeRun
+    from basiscli.reports.card import model_card
+    from basiscli.reports.merge_report import build_report
+
+    output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
+    try:
+        run = MergeRun(plan, output, progress)
+        merging = time.monotonic()
+        journal = run.run()
+        now = time.monotonic()
+        report = build_report(run, journal, seconds=now - started, seconds_merging=now - merging)
+        card, warnings = model_card(plan, report)
+        report = report.model_copy(update={"notes": [*report.notes, *warnings]})
+        if plan.adapter_rank is None:
+            files = sidecar_files(plan.reference, plan.settings.dtype, code=plan.settings.trust_remote_code)
+        else:
+            last = plan.models[-1]
+            assert isinstance(last, AdapterView)  # the plan refuses anything else
+            files = {"adapter_config.json": adapter_config(last.adapter.config, plan.adapter_rank)}
+        files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": card}
+        output.commit(files, overwrite=plan.settings.overwrite)
+    except InputError:
+        output.discard()  # the same command would fail again: there is nothing to go on with
+        raise
+    finally:
+        progress.stop()
+        output.close()
+        plan.close()
+    return MergeResult(plan.out, report)

@@ -1,0 +1,76 @@
+"""Checking a checkpoint on disk: structure of its files, and digests against its report. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.source import resolve
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import REPORT, stored_digest, weights_digest
+from basiscli.engine.local import Progress, Silent
+from basiscli.errors import InputError
+from basiscli.reports.schema import Report, read_report
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked; it is only returned when everything is right."""
+
+    path: Path
+    tensors: int
+    checked_digests: bool
+    """Whether there was a report to check the bytes of every tensor against."""
+    weights_digest: str | None
+    report: str = REPORT
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def verify(model: str | Path, *, progress: Progress | None = None) -> Verification:
+    """Check a model's files.
+
+    Args:
+        model: folder, weights file, Hub id or LoRA adapter.
+        progress: what to tell how far the work is.
+
+    Raises:
+        InputError: the first thing that is wrong: a damaged or missing file, a tensor too many or too few, or one whose
+            bytes are not those that the report says were written.
+    """
+    source = resolve(str(model))
+    checkpoint = Adapter(source).weights if source.is_adapter else Checkpoint.open(source)
+    report = read_report(source.folder)
+    if report is None:
+        return Verification(source.path, len(checkpoint.tensors), checked_digests=False, weights_digest=None)
+    found = _check_digests(checkpoint, report, progress or Silent())
+    return Verification(source.path, len(checkpoint.tensors), checked_digests=True, weights_digest=found)
+
+
+def _check_digests(checkpoint: Checkpoint, report: Report, progress: Progress) -> str:
+    folder = checkpoint.source.folder
+    recorded = {tensor.name: tensor for tensor in report.tensors}
+    for name in sorted(recorded.keys() ^ checkpoint.tensors.keys()):
+        what = "is in the report and not in the weights" if name in recorded else "is in the weights and not in the report"
+        raise InputError(f"the tensor {what}", file=folder, tensor=name, remedy="make or download the model again")
+    progress.start("verify", len(recorded), sum(t.nbytes for t in checkpoint.tensors.values()))
+    digests = {}
+    try:
+        for name, stored in checkpoint.tensors.items():
+            digests[name] = stored_digest(stored)
+            record = recorded[name]
+            if (digests[name], stored.dtype, stored.shape) != (record.sha256, record.dtype, record.shape):
+                raise InputError(
+                    "the tensor is not the one that was written (its digest differs)",
+                    file=stored.file,
+                    tensor=name,
+                    remedy="make or download the model again",
+                )
+            progress.advance(stored.nbytes)
+    finally:
+        progress.stop()
+    return weights_digest(checkpoint.tensors.values(), digests)

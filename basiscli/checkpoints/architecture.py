@@ -1,0 +1,173 @@
+"""What a tensor's name stands for: linear weight, embedding, norm, bias, convolution, buffer.
+
+Names answer first: they settle every checkpoint of the families in use, at no cost. Only where a matrix has a name
+that says nothing is the config's own model built on the meta device, which imports transformers (seconds). `Kinds`
+tells which of the two answered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+from basiscli.checkpoints.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from basiscli.checkpoints.views import Checkpoint
+
+
+class Kind(StrEnum):
+    """The part that a tensor plays."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    BIAS = "bias"
+    CONV = "conv"
+    BUFFER = "buffer"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The kind of every tensor, and how it was found: 'names' or 'model'."""
+
+    by_name: dict[str, Kind]
+    found_by: Literal["names", "model"]
+
+
+_LINEAR = re.compile(
+    r"([qkvo]|qkv|q_lin|k_lin|v_lin|out_lin|lin1|lin2|query|key|value|dense|query_key_value|dense_h_to_4h|dense_4h_to_h"
+    r"|(q|k|v|o|out|qkv|gate|up|down|gate_up|kv|q_a|q_b|kv_a|kv_b)_proj(_with_mqa)?|c_attn|c_proj|c_fc|fc_?[12]"
+    r"|fc_(in|out)|w[123io]|wi_[01]|wqkv|attention_output|lm_head|embed_out|score|classifier|dense_layer)"
+)
+_EMBEDDING = re.compile(
+    r"(wte|wpe|shared|embed_tokens|embed_positions|embed_in|word_embeddings|position_embeddings|token_type_embeddings"
+    r"|tok_embeddings|relative_attention_bias|position_embedding|token_embedding)"
+)
+_NORM = re.compile(r".*(norm|ln|layernorm|layer_norm|ln_\w+|ln\d|norm\d)", re.IGNORECASE)
+_BUFFER = re.compile(r".*(inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked|running_mean|running_var)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_QUANTISED = re.compile(r".*\.(weight|qweight|qzeros|weight_packed|absmax|g_idx)")
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to, None outside the layers."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def is_buffer(tensor: TensorSpec) -> bool:
+    """Return whether a tensor is derived state that no training changes: position ids, masks, rotary frequencies."""
+    # GPT-2's causal mask is `attn.bias`, four-dimensional; an attention bias of one dimension is a parameter.
+    if tensor.name.endswith("attn.bias") and len(tensor.shape) < 2:
+        return False
+    return bool(_BUFFER.fullmatch(tensor.name))
+
+
+def is_quantised_name(tensor: TensorSpec) -> bool:
+    """Return whether the name of an integer tensor says that it holds packed weights."""
+    return bool(_QUANTISED.fullmatch(tensor.name))
+
+
+def kind_by_name(tensor: TensorSpec) -> Kind | None:
+    """Return what name and shape alone settle; None for a matrix whose name says nothing."""
+    module, _, leaf = tensor.name.rpartition(".")
+    last = module.rpartition(".")[2]
+    if is_buffer(tensor):
+        return Kind.BUFFER
+    if len(tensor.shape) <= 1:
+        if leaf == "bias" or leaf.endswith("_bias"):
+            return Kind.BIAS
+        return Kind.NORM if _NORM.fullmatch(last) or leaf in {"gamma", "beta"} else Kind.OTHER
+    if len(tensor.shape) > 2:
+        return Kind.CONV if leaf == "weight" else Kind.OTHER
+    if _EMBEDDING.fullmatch(last):
+        return Kind.EMBEDDING
+    if leaf == "weight" and _LINEAR.fullmatch(last):
+        return Kind.LINEAR
+    return None
+
+
+def kinds(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec]) -> Kinds:
+    """Return the kind of every tensor of a checkpoint."""
+    named = {name: kind_by_name(tensor) for name, tensor in tensors.items()}
+    unsettled = [name for name, kind in named.items() if kind is None]
+    found_by: Literal["names", "model"] = "names"
+    if unsettled:
+        from_model = _kinds_from_model(checkpoint)
+        found_by = "model" if from_model else "names"
+        for name in unsettled:
+            # Without a model a matrix counts as linear, as it nearly always is.
+            named[name] = _lookup(from_model, name) or Kind.LINEAR
+    return Kinds({name: kind for name, kind in named.items() if kind is not None}, found_by)
+
+
+def tied_pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
+    """Return (output head, embedding) where a checkpoint stores both although its config may tie them.
+
+    Whether they are tied is for their bytes to say: a config that leaves `tie_word_embeddings` out means its class's
+    default, and old checkpoints store the same matrix twice.
+    """
+    if config.get("tie_word_embeddings") is False:
+        return None
+    heads = [n for n in tensors if n.rpartition(".")[0].rpartition(".")[2] in {"lm_head", "embed_out"}]
+    embeddings = [n for n in tensors if re.search(r"(^|\.)(embed_tokens|wte|shared|embed_in)\.weight$", n)]
+    for head in heads:
+        for embedding in embeddings:
+            if head.endswith(".weight") and tensors[head].shape == tensors[embedding].shape:
+                return head, embedding
+    return None
+
+
+def _kinds_from_model(checkpoint: Checkpoint) -> dict[str, Kind]:
+    """Build the config's model without memory and ask the modules; empty where transformers does not know it."""
+    classes = checkpoint.config.get("architectures") or []
+    if not classes or "auto_map" in checkpoint.config:
+        return {}
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, str(classes[0]), None)
+    if model_class is None:
+        return {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.source.folder)
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception:  # a config this transformers cannot build: names decide, and the report says so
+        return {}
+    found: dict[str, Kind] = {}
+    for path, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            found[f"{path}.{leaf}" if path else leaf] = _kind_of_parameter(module, leaf)
+    return found
+
+
+def _kind_of_parameter(module: torch.nn.Module, leaf: str) -> Kind:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if leaf == "bias":
+        return Kind.BIAS
+    if isinstance(module, torch.nn.Linear | Conv1D):
+        return Kind.LINEAR
+    if isinstance(module, torch.nn.Embedding):
+        return Kind.EMBEDDING
+    if isinstance(module, torch.nn.modules.conv._ConvNd):
+        return Kind.CONV
+    return Kind.NORM if "norm" in type(module).__name__.lower() else Kind.OTHER
+
+
+def _lookup(found: Mapping[str, Kind], name: str) -> Kind | None:
+    """Find a stored name among a model's parameters, whose names may have one more or one fewer leading component."""
+    shorter = name.partition(".")[2]
+    if name in found or shorter in found:
+        return found.get(name) or found[shorter]
+    longer = [kind for parameter, kind in found.items() if parameter.endswith(f".{name}")]
+    return longer[0] if longer else None

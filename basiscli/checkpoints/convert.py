@@ -1,0 +1,157 @@
+"""Pickled and GGUF checkpoints, turned into safetensors once and kept in the cache.
+
+The cache is `$BASIS_CACHE`, else `$XDG_CACHE_HOME/basis`, else `~/.cache/basis`; a conversion is found again by the
+path, size and modification time of what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from basiscli.checkpoints.source import Source, read_json
+from basiscli.errors import BasisError, InputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*")
+
+
+def cache_folder() -> Path:
+    """Return the folder of conversions; it need not exist."""
+    given = os.environ.get("BASIS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basis"
+
+
+def converted(source: Source) -> Path:
+    """Return a folder with the same model in safetensors, converting it if the cache lacks it.
+
+    GGUF weights become float32, which holds every GGUF type without rounding.
+
+    Raises:
+        InputError: no weights that can be read.
+        UsageError: a `.gguf` without the `gguf` extra installed.
+    """
+    files = _foreign_files(source.path)
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:24]
+    folder = cache_folder() / "converted" / f"{files[0].stem}-{key}"
+    if folder.is_dir():
+        return folder
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        if files[0].suffix == ".gguf":
+            _convert_gguf(files[0], scratch)
+        else:
+            _convert_pickles(files, source.folder, scratch)
+        os.replace(scratch, folder)  # noqa: PTH105 - of two processes, the one that loses finds a full folder
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pickled state dict, memory-mapped where its format allows; runs no code of the pickle."""
+    import torch
+
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling foreign bytes fails in any way it likes
+        raise InputError(
+            f"not a state dict that can be read without running code: {str(error).splitlines()[0]}",
+            file=file,
+            remedy="ask its author for safetensors",
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError("not a table of tensors", file=file, remedy="ask its author for safetensors")
+    return state
+
+
+def _foreign_files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:
+            return [path]
+        raise InputError("not a .safetensors, .bin, .pt or .gguf file", file=path)
+    weight_map = read_json(path / _PICKLE_INDEX).get("weight_map", {})
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or not (path / name).is_file():
+            raise InputError(f"the index names '{name}', which is no file of this folder", file=path / _PICKLE_INDEX)
+    for pattern in ("pytorch_model.bin", "adapter_model.bin", "*.gguf"):
+        names = names or sorted(file.name for file in path.glob(pattern))
+        if pattern == "*.gguf" and len(names) > 1:
+            raise InputError("several .gguf files", file=path, remedy="give the path of one of them")
+    if not names:
+        raise InputError("no weights here: no .safetensors, pytorch_model.bin or .gguf", file=path)
+    return [path / name for name in names]
+
+
+def _convert_pickles(files: list[Path], folder: Path, out: Path) -> None:
+    """Write one safetensors file a pickle; tensors that share their storage are aliases and are written once."""
+    from safetensors.torch import save_file
+
+    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for number, file in enumerate(files, start=1):
+        state = {}
+        seen.clear()
+        for name, tensor in load_pickle(file).items():
+            place = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            if tensor.numel() and place in seen:
+                continue
+            seen[place] = name
+            state[name] = tensor.contiguous().clone()
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(state, out / name, metadata={"format": "pt"})
+    for pattern in _BESIDE:
+        for extra in folder.glob(pattern):
+            if extra.is_file() and not extra.name.endswith(".index.json"):
+                shutil.copyfile(extra, out / extra.name)
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    try:
+        import gguf  # noqa: F401 - transformers needs it and fails late without
+    except ImportError as error:
+        raise UsageError(
+            f"reading {file.name} needs the gguf package", remedy="pip install 'basiscli[gguf]'"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    print(f"converting {file.name} to safetensors (once; kept in {cache_folder()})", file=sys.stderr)  # noqa: T201
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        # save_pretrained would refuse: it takes the model for a quantised one.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    except BasisError:
+        raise
+    except Exception as error:  # whatever transformers and gguf raise on a bad or unsupported file
+        raise InputError(f"transformers cannot read it: {error}", file=file) from error

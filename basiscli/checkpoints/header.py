@@ -1,0 +1,180 @@
+"""The header of a safetensors file, read with distrust and written exactly.
+
+The format: eight bytes with the header's length (little endian), a JSON object `name → {dtype, shape, data_offsets}`,
+then the bytes of the tensors without holes. Reading it here, without mapping the file, has three reasons: `inspect`
+and `--dry-run` need no torch; pages of a mapped file count as memory of the process, so that a merge would seem to
+(and, in a container, does) grow with the model; and a file cut short while it is mapped ends the process with SIGBUS
+instead of an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basiscli.checkpoints.dtypes import DTYPES, tensor_bytes
+from basiscli.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_REFETCH = "download or save the file again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype (the format's word) and shape of a tensor, without its data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return tensor_bytes("U8", self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a file: where its bytes begin, counted from the start of the file."""
+
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header: tensors in the file's order, and the free-form metadata."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one file.
+
+    Raises:
+        InputError: if the file is missing, is no safetensors file, is truncated or too long, or its header lies about
+            offsets, sizes, dtypes or names. Reads at most the header, whatever the file claims.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            start = stream.read(8)
+            if len(start) < 8:
+                raise InputError(f"not a safetensors file: only {size} bytes long", file=file, remedy=_REFETCH)
+            (length,) = struct.unpack("<Q", start)
+            if length > MAX_HEADER_BYTES or length > size - 8:
+                raise InputError(
+                    f"truncated or not a safetensors file: its header claims {length} bytes, the file has {size}",
+                    file=file,
+                    remedy=_REFETCH,
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise InputError(f"cannot read: {error.strerror or error}", file=file) from error
+    entries = _parse_json(raw, file)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError("the header's metadata is not a table of strings", file=file, remedy=_REFETCH)
+    data_start = 8 + length
+    tensors = {name: _parse_entry(name, entry, file, data_start) for name, entry in entries.items()}
+    _check_layout(tensors.values(), file, data_start, size)
+    return Header(tensors, metadata)
+
+
+def encode_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return a header's bytes for tensors in this order, and each tensor's offset from the start of the file.
+
+    The header is padded with spaces so that the data begins at a multiple of eight.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins: dict[str, int] = {}
+    position = 0
+    for tensor in tensors:
+        begins[tensor.name] = position
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data_start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: data_start + begin for name, begin in begins.items()}
+
+
+def _parse_json(raw: bytes, file: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            raise ValueError("a name appears twice")
+        return table
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the header is not valid JSON: {error}", file=file, remedy=_REFETCH) from error
+    if not isinstance(entries, dict):
+        raise InputError("the header is not a JSON object", file=file, remedy=_REFETCH)
+    return entries
+
+
+def _parse_entry(name: str, entry: object, file: Path, data_start: int) -> StoredTensor:
+    def lie(what: str) -> InputError:
+        return InputError(f"the header lies: {what}", file=file, tensor=repr(name)[1:-1], remedy=_REFETCH)
+
+    if not name or not name.isprintable():
+        raise lie("a tensor's name is empty or has unprintable characters")
+    if not isinstance(entry, dict):
+        raise lie("its entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise lie(f"unknown dtype {str(dtype)[:40]!r}")
+    if not _is_sizes(shape):
+        raise lie("its shape is not a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise lie("its data_offsets are not a begin and an end")
+    needed = tensor_bytes(dtype, tuple(shape))
+    if needed != offsets[1] - offsets[0]:
+        raise lie(f"dtype and shape need {needed} bytes, data_offsets give {offsets[1] - offsets[0]}")
+    return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0])
+
+
+def _is_sizes(value: Any) -> bool:
+    # A size is below 2⁶³; `type` and not `isinstance`, since JSON's true is an int to Python.
+    return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def _check_layout(tensors: Iterable[StoredTensor], file: Path, data_start: int, size: int) -> None:
+    """Check that the tensors cover the file's data exactly, with no hole, overlap or end past the file."""
+    position = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset + tensor.nbytes > size:
+            raise InputError(
+                f"truncated: the tensor ends at byte {tensor.offset + tensor.nbytes}, the file at byte {size}",
+                file=file,
+                tensor=tensor.name,
+                remedy=_REFETCH,
+            )
+        if tensor.offset != position:
+            what = "overlaps the one before it" if tensor.offset < position else "leaves a hole before it"
+            raise InputError(f"the header lies: the tensor {what}", file=file, tensor=tensor.name, remedy=_REFETCH)
+        position += tensor.nbytes
+    if position != size:
+        raise InputError(
+            f"the header lies: the tensors end at byte {position}, the file at byte {size}",
+            file=file,
+            remedy=_REFETCH,
+        )

@@ -1,0 +1,82 @@
+"""The files beside the weights that make a folder loadable: configuration, tokenizer, chat template, licence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from basiscli.checkpoints.dtypes import DTYPES
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import REPORT
+
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".bpe", ".vocab"}
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+# Made anew, belonging to the weights, or the state of a training that the result did not have.
+_NOT = {REPORT, "config.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+_MAX_BYTES = 100_000_000
+
+
+def sidecar_files(reference: Checkpoint, dtype: str | None, *, code: bool) -> dict[str, bytes]:
+    """Return the files to put beside a full checkpoint, by their names in the folder.
+
+    Args:
+        reference: the checkpoint to take them from.
+        dtype: a new storage dtype to write into the config.
+        code: also take `*.py` files, which are copied and never run.
+    """
+    folder = reference.source.folder
+    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if _belongs(file, code=code)}
+    for module in _sentence_transformers_folders(folder):
+        files |= {f"{module.name}/{f.name}": f.read_bytes() for f in sorted(module.iterdir()) if f.suffix == ".json"}
+    if reference.config:
+        files["config.json"] = (json.dumps(_config(reference.config, dtype), indent=2, sort_keys=True) + "\n").encode()
+    return files
+
+
+def adapter_config(config: dict[str, Any], rank: int) -> bytes:
+    """Return an adapter's config with one rank for every module and a scaling of one.
+
+    Args:
+        config: the config of one of the adapters that were merged.
+        rank: the rank of the written factors.
+    """
+    changed = config | {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_bias": False,
+        "modules_to_save": None,
+    }
+    return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _belongs(file: Path, *, code: bool) -> bool:
+    if not file.is_file() or file.name in _NOT or file.name.endswith(".index.json"):
+        return False
+    if file.name.upper().startswith(_NAMES):
+        return True
+    wanted = _SUFFIXES | ({".py"} if code else set())
+    return file.suffix in wanted and not file.name.startswith("adapter_") and file.stat().st_size <= _MAX_BYTES
+
+
+def _sentence_transformers_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders that a sentence-transformers model lists in `modules.json`, if they are inside it."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+        names = [str(module["path"]) for module in modules if module.get("path")]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return [folder / name for name in names if name == Path(name).name and (folder / name).is_dir()]
+
+
+def _config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    if dtype is None:
+        return config
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return config | {key: DTYPES[dtype].torch_name}

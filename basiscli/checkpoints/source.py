@@ -1,0 +1,125 @@
+"""From what a user writes to a folder on disk: a path, `org/name[@revision]`, a `.safetensors`, `.bin` or `.gguf` file."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from basiscli.errors import InputError
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: the words that named it and the folder (or single file) that holds it."""
+
+    spec: str
+    """What the user wrote."""
+    path: Path
+    """A folder, or one weights file."""
+    repo_id: str | None = None
+    revision: str | None = None
+    """The commit that a Hub revision stood for."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds configuration and weights."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter."""
+        return self.path.is_dir() and (self.path / ADAPTER_CONFIG).is_file()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`, or an empty table."""
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """The metadata at the top of the model card, or an empty table."""
+        file = self.folder / "README.md"
+        if not file.is_file():
+            return {}
+        match = re.match(r"\s*---\r?\n(.*?)\r?\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if match is None:
+            return {}
+        import yaml
+
+        try:
+            card = yaml.safe_load(match[1])
+        except yaml.YAMLError:
+            return {}  # a card is prose; a broken one is no reason to refuse the weights
+        return card if isinstance(card, dict) else {}
+
+    @cached_property
+    def base_model(self) -> str | None:
+        """The one base that this input names: in its adapter config, or else in its model card."""
+        if self.is_adapter:
+            named = read_json(self.path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        else:
+            named = self.card.get("base_model")
+            if isinstance(named, list):
+                named = named[0] if len(named) == 1 else None
+        return named if isinstance(named, str) and named else None
+
+
+def resolve(spec: str) -> Source:
+    """Find a model: an existing path first, else a model of the Hub (downloaded, or from its cache).
+
+    Raises:
+        InputError: if there is no such path and the words are no Hub id.
+        HubError: if the Hub does not give it.
+    """
+    path = Path(spec).expanduser()
+    if path.exists():
+        return Source(spec, path.resolve())
+    match = _HUB_ID.fullmatch(spec)
+    if match is None or spec.startswith((".", "~", "/")):
+        raise InputError(
+            f"no such model: {spec}",
+            remedy="give a folder, a .safetensors, .bin or .gguf file, or a Hub id such as org/name or org/name@revision",
+        )
+    from basiscli.hub import pull
+
+    folder, commit = pull(match["repo"], match["revision"])
+    return Source(spec, folder, match["repo"], commit)
+
+
+def resolve_base(named: str, namer: Source) -> Source:
+    """Find the base that an input names; a relative path counts from the input's folder, too."""
+    beside = (namer.folder / named).resolve()
+    if not Path(named).exists() and beside.is_dir():
+        return Source(named, beside)
+    try:
+        return resolve(named)
+    except InputError as error:
+        raise InputError(
+            f"{namer.spec} names '{named}' as its base, and that is neither a folder here nor a Hub id",
+            file=namer.folder,
+            remedy="say where the base is with --base",
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object from a file; an absent file is an empty table.
+
+    Raises:
+        InputError: if the file is there and holds anything but a JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"not valid JSON: {error}", file=file, remedy="restore the file") from error
+    if not isinstance(table, dict):
+        raise InputError("not a JSON object", file=file, remedy="restore the file")
+    return table

@@ -1,0 +1,171 @@
+"""Lazy named tensors over the shards of one checkpoint. Opening reads headers; data is read a tensor or some rows at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.header import Header, StoredTensor, read_header
+from basiscli.checkpoints.source import Source, read_json
+from basiscli.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+
+
+class Checkpoint:
+    """Tensors of a folder of safetensors files, or of one file, by name."""
+
+    def __init__(self, source: Source, headers: dict[Path, Header], tensors: dict[str, StoredTensor]) -> None:
+        self.source = source
+        self.files = sorted(headers)
+        self.tensors = tensors
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, source: Source) -> Checkpoint:
+        """Read the headers of every shard; pickled and GGUF files are turned into safetensors in the cache first.
+
+        Raises:
+            InputError: no weights, a missing shard, an index that lies or points elsewhere, or a bad header.
+        """
+        path = source.path
+        if source.is_adapter:
+            raise InputError("this is an adapter, not a full checkpoint", file=path, remedy="give its base instead")
+        files, where = _weight_files(path)
+        if not files:
+            from basiscli.checkpoints.convert import converted
+
+            path = converted(source)
+            files, where = _weight_files(path)
+            source = Source(source.spec, path, source.repo_id, source.revision)
+        headers = {file: read_header(file) for file in files}
+        return cls(source, headers, _collect(headers, where))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        return self.source.config
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Return a tensor, or rows of it (a slice of its first dimension), in its storage dtype on the CPU.
+
+        Raises:
+            InputError: if the file ends before the tensor does.
+        """
+        import torch
+
+        stored = self.tensors[name]
+        shape, offset = stored.shape, stored.offset
+        if rows is not None and shape:
+            first, last, _ = rows.indices(shape[0])
+            row_bytes = stored.nbytes // shape[0] if shape[0] else 0
+            shape, offset = (last - first, *shape[1:]), offset + first * row_bytes
+        tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype))
+        if tensor.numel():
+            self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), stored, offset)
+        return tensor
+
+    def close(self) -> None:
+        """Close the files. Reading opens them again."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _fill(self, buffer: memoryview, stored: StoredTensor, offset: int) -> None:
+        with self._lock:
+            descriptor = self._descriptors.get(stored.file)
+            if descriptor is None:
+                descriptor = self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+        position = 0
+        while position < len(buffer):
+            got = os.preadv(descriptor, [buffer[position:]], offset + position)
+            if got == 0:
+                raise InputError("the file became shorter while it was read", file=stored.file, tensor=stored.name)
+            position += got
+
+
+def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice | None]:
+    """Yield slices of rows of about so many elements that make up a tensor; None for one that has no rows to cut.
+
+    The blocks depend on the shape alone, never on workers or shards, so neither does any rounding.
+    """
+    if not shape or 0 in shape:
+        yield None
+        return
+    step = max(1, elements * shape[0] // math.prod(shape))
+    for begin in range(0, shape[0], step):
+        yield slice(begin, min(begin + step, shape[0]))
+
+
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """Return the safetensors files that make up a model, and where an index says each tensor is."""
+    if path.is_file():
+        return ([path], {}) if path.suffix == ".safetensors" else ([], {})
+    index = path / INDEX_FILE
+    if index.is_file():
+        return _indexed(index)
+    if (path / SINGLE_FILE).is_file():
+        return [path / SINGLE_FILE], {}
+    files = sorted(path.glob("*.safetensors"))
+    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    if shards and len(shards) == len(files):
+        total = int(shards[0]["total"])
+        missing = sorted(set(range(1, total + 1)) - {int(match["number"]) for match in shards})
+        if missing:
+            raise InputError(
+                f"shard {missing[0]} of {total} is missing", file=path, remedy="download the checkpoint again"
+            )
+        return files, {}
+    if len(files) > 1:
+        raise InputError(
+            f"several weights files and no {INDEX_FILE}: {', '.join(f.name for f in files[:4])}",
+            file=path,
+            remedy="give the path of one of them",
+        )
+    return files, {}
+
+
+def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError("the index has no weight_map from tensor names to files", file=index)
+    for shard in sorted(set(weight_map.values())):
+        # A name that leaves the folder would make us read (and report on) any file of the machine.
+        if shard != Path(shard).name or shard in {"", ".", ".."} or not shard.endswith(".safetensors"):
+            raise InputError(f"the index names '{shard}', which is no safetensors file of this folder", file=index)
+        if not (index.parent / shard).is_file():
+            raise InputError(
+                f"the index names {shard}, and that file is missing",
+                file=index,
+                remedy="download the checkpoint again",
+            )
+    where = {name: index.parent / shard for name, shard in weight_map.items()}
+    return sorted(set(where.values())), where
+
+
+def _collect(headers: dict[Path, Header], where: dict[str, Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for name, tensor in header.tensors.items():
+            if where.get(name, file) != file:
+                continue  # the index says that another shard's copy counts
+            if name in tensors:
+                raise InputError(f"the tensor is also in {tensors[name].file.name}", file=file, tensor=name)
+            tensors[name] = tensor
+    for name, file in where.items():
+        if name not in tensors:
+            raise InputError("the index says the tensor is in this file, and it is not", file=file, tensor=name)
+    return tensors

@@ -1,0 +1,344 @@
+"""Writing safetensors in place: planned, pre-allocated, resumable, atomic.
+
+The plan knows every dtype and shape, so each shard's header is written and the file extended to its full size before
+any tensor exists; tensors are then written at their offsets in any order. All of it happens in `OUT.partial/`, where a
+journal records each finished tensor with its digest. Renaming the folder to `OUT` is the last step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basiscli.checkpoints.dtypes import DTYPES
+from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
+from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE
+from basiscli.errors import InputError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA = {"format": "pt"}
+JOURNAL = "journal.jsonl"
+SCRATCH = "scratch"
+REPORT = "basis_report.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output and the tensors in it, in the file's order."""
+
+    file: str
+    tensors: tuple[TensorSpec, ...]
+
+    @cached_property
+    def header(self) -> tuple[bytes, dict[str, int]]:
+        """The header's bytes and each tensor's offset in the file."""
+        return encode_header(self.tensors, METADATA)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return len(self.header[0]) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All shards of an output."""
+
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def plan(cls, tensors: Iterable[TensorSpec], shard_bytes: int, single_file: str | None = None) -> Layout:
+        """Distribute tensors over shards of at most `shard_bytes` (a larger tensor gets a shard of its own).
+
+        Args:
+            tensors: in the order in which they shall be stored.
+            shard_bytes: size limit of a shard.
+            single_file: put everything in one file of this name, whatever its size (adapters).
+        """
+        groups: list[list[TensorSpec]] = [[]]
+        room = shard_bytes
+        for tensor in tensors:
+            if groups[-1] and tensor.nbytes > room and single_file is None:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(tensor)
+            room -= tensor.nbytes
+        total = len(groups)
+        names = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+        if total == 1:
+            names = [single_file or SINGLE_FILE]
+        # Wider dtypes first within a file: every tensor then begins at a multiple of its element's size.
+        return cls(
+            tuple(
+                Shard(name, tuple(sorted(group, key=lambda t: -_element_bits(t))))
+                for name, group in zip(names, groups, strict=True)
+            )
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """All tensors by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    def index(self) -> dict[str, Any] | None:
+        """Return the content of the index file; None for a single file, which has none."""
+        if len(self.shards) == 1:
+            return None
+        where = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+        data_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return {"metadata": {"total_size": data_bytes}, "weight_map": dict(sorted(where.items()))}
+
+
+class PartialOutput:
+    """`OUT.partial/`: shards being filled, the journal of what is finished, and scratch space."""
+
+    def __init__(self, out: Path, layout: Layout, fingerprint: str, *, resume: bool) -> None:
+        """Take up an interrupted run with the same fingerprint, or begin anew.
+
+        Raises:
+            UsageError: if another process is writing this output.
+            ResourceError: if the disk cannot hold it.
+        """
+        self.out, self.layout = out, layout
+        self.folder = out.with_name(f"{out.name}.partial")
+        self.scratch = self.folder / SCRATCH
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.resumed = 0
+        """Number of pieces of work that an earlier run left finished."""
+        self._places = {
+            tensor.name: (shard.file, shard.header[1][tensor.name]) for shard in layout.shards for tensor in shard.tensors
+        }
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._journal = self._lock_journal()
+        try:
+            if not (resume and self._take_up(fingerprint)):
+                self._begin(fingerprint)
+            for shard in layout.shards:
+                self._descriptors[shard.file] = os.open(self.folder / shard.file, os.O_RDWR)
+        except OSError as error:
+            self.close()
+            raise _disk_error(error, self.folder) from error
+
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> memoryview:
+        """Write a tensor, or consecutive rows of it from `row` on, at its place; return the bytes that were written."""
+        import torch
+
+        if not tensor.numel():
+            return memoryview(b"")
+        data = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        file, offset = self._places[name]
+        row_bytes = len(data) // tensor.shape[0] if tensor.dim() else 0
+        _write_all(self._descriptors[file], data, offset + row * row_bytes, self.folder / file)
+        return data
+
+    def read_back(self, name: str) -> bytes:
+        """Return the bytes of a finished tensor."""
+        file, offset = self._places[name]
+        return os.pread(self._descriptors[file], self.layout.tensors[name].nbytes, offset)
+
+    def record(self, key: str, entry: dict[str, Any]) -> None:
+        """Note in the journal that a piece of work is finished."""
+        line = json.dumps({"key": key, **entry}) + "\n"
+        with self._lock:
+            # One write of one line: a killed process leaves whole lines and at most one broken last one.
+            os.write(self._journal, line.encode())
+            self.finished[key] = entry
+
+    def commit(self, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+        """Check the shards' structure, add the other files, sync everything and give the folder its name."""
+        for shard in self.layout.shards:
+            header = read_header(self.folder / shard.file)
+            missing = {t.name for t in shard.tensors} ^ set(header.tensors)
+            if missing:
+                raise InputError("the written shard is not as planned", file=self.folder / shard.file, tensor=min(missing))
+        index = self.layout.index()
+        if index is not None:
+            files = {**files, INDEX_FILE: (json.dumps(index, indent=2) + "\n").encode()}
+        try:
+            for name, content in files.items():
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+                _sync(target)
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            _sync(self.folder)
+            self._take_the_name(overwrite)
+            # Last, so that a process killed before the renaming finds all its work again.
+            (self.out / JOURNAL).unlink()
+            self.close()
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and let go of the lock; what is finished stays for the next run."""
+        for descriptor in [*self._descriptors.values(), self._journal]:
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._journal = os.open(os.devnull, os.O_WRONLY)
+
+    def _take_the_name(self, overwrite: bool) -> None:
+        old = self.out.with_name(f"{self.out.name}.replaced")
+        if overwrite and self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        self.folder.rename(self.out)
+        _sync(self.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _lock_journal(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise UsageError(
+                "another basis process is writing this output", file=self.folder, remedy="wait for it, or choose another -o"
+            ) from error
+        return descriptor
+
+    def _take_up(self, fingerprint: str) -> bool:
+        """Load the journal of an interrupted run of the same plan; False if there is none."""
+        lines = (self.folder / JOURNAL).read_bytes().split(b"\n")
+        try:
+            if json.loads(lines[0]) != {"fingerprint": fingerprint}:
+                return False
+        except ValueError:
+            return False
+        for shard in self.layout.shards:
+            file = self.folder / shard.file
+            if not file.is_file() or file.stat().st_size != shard.nbytes:
+                return False
+        for line in lines[1:-1]:  # what follows the last newline is a line that was cut off
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            self.finished[entry.pop("key")] = entry
+        if lines[-1]:
+            os.write(self._journal, b"\n")  # so that the next line does not join the broken one
+        self.resumed = len(self.finished)
+        return True
+
+    def _begin(self, fingerprint: str) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name != JOURNAL:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        os.ftruncate(self._journal, 0)
+        self.scratch.mkdir()
+        for shard in self.layout.shards:
+            descriptor = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                # Claims the blocks, so that a full disk is found now and not after an hour.
+                os.posix_fallocate(descriptor, 0, shard.nbytes)
+                os.pwrite(descriptor, shard.header[0], 0)
+            finally:
+                os.close(descriptor)
+        # The journal's first line comes last: without it nothing here counts.
+        os.write(self._journal, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+
+
+def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a small safetensors file at once (scratch results)."""
+    import torch
+
+    words = {spec.torch_name: word for word, spec in DTYPES.items()}
+    specs = [TensorSpec(n, words[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in tensors.items()]
+    header, offsets = encode_header(specs, METADATA)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        os.pwrite(descriptor, header, 0)
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                _write_all(descriptor, data, offsets[name], file)
+    finally:
+        os.close(descriptor)
+
+
+def digest(chunks: Iterable[bytes | memoryview]) -> str:
+    """Return the SHA-256 of some bytes, in hexadecimal."""
+    state = hashlib.sha256()
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def stored_digest(tensor: StoredTensor, block: int = 1 << 22) -> str:
+    """Return the SHA-256 of a stored tensor's bytes, read a block at a time.
+
+    Raises:
+        InputError: if the file ends before the tensor does.
+    """
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        state, left = hashlib.sha256(), tensor.nbytes
+        while left:
+            chunk = stream.read(min(block, left))
+            if not chunk:
+                raise InputError("the file ends before the tensor does", file=tensor.file, tensor=tensor.name)
+            state.update(chunk)
+            left -= len(chunk)
+    return state.hexdigest()
+
+
+def weights_digest(tensors: Iterable[TensorSpec], sha256: Mapping[str, str]) -> str:
+    """Return the digest of a set of tensors; see `Report.weights_digest`."""
+    lines = (f"{t.name} {t.dtype} {list(t.shape)} {sha256[t.name]}\n" for t in sorted(tensors, key=lambda t: t.name))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int, file: Path) -> None:
+    position = 0
+    while position < len(data):
+        try:
+            position += os.pwrite(descriptor, data[position:], offset + position)
+        except OSError as error:
+            raise _disk_error(error, file) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_error(error: OSError, path: Path) -> ResourceError:
+    return ResourceError(
+        f"cannot write: {error.strerror or error}",
+        file=path,
+        remedy="free some space or choose another -o; the same command goes on where this one stopped",
+    )
+
+
+def _element_bits(tensor: TensorSpec) -> int:
+    return DTYPES[tensor.dtype].bits

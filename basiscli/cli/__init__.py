@@ -1,0 +1,48 @@
+"""The command line. Parses, calls the API, shows results; no mathematics and no files here.
+
+Importing it must stay cheap: commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from basiscli.cli import demo, diff, inspect, merge, methods, verify
+from basiscli.version import __version__
+
+app = typer.Typer(
+    name="basis",
+    help="Model surgery: merge, compress and initialise checkpoints and adapters.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+app.command("diff")(diff.diff)
+app.command("verify")(verify.verify)
+app.add_typer(methods.app, name="methods")
+app.command("demo")(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"basis {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _basis(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,155 @@
+"""`basis merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from basiscli.cli import options
+from basiscli.cli.output import Output, errors_shown
+
+if TYPE_CHECKING:
+    from basiscli.engine.merge_plan import MergePlan
+    from basiscli.reports.schema import Report
+
+
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Folders, Hub ids (org/name@revision) or LoRA adapters, in order.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="`basis methods` lists them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to make. [default: ./merge-METHOD]", show_default=False)
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The common base. [default: the one that all models name]")] = None,
+    onto: Annotated[str | None, typer.Option(help="Continue an earlier merge by the same method.")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value of the method; repeatable.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="One number a model: 1,0.5,2.")] = None,
+    as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write a LoRA adapter (ortho of adapters).")] = False,
+    dtype: options.Dtype = None,
+    allow_nonfinite: options.AllowNonfinite = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Accept parameters that only some models have: the base's names win.")
+    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    plugin: options.Plugins = None,
+    device: options.Device = "auto",
+    shard_size: options.ShardSize = "5GB",
+    workers: options.Workers = None,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
+) -> None:
+    """Merge fine-tuned models of one base into one.
+
+    `basis merge a b c --method ortho` writes `./merge-ortho`: weights, configuration, tokenizer, model card and report.
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    out = Output(as_json=json, quiet=quiet)
+    with errors_shown(as_json=json):
+        from basiscli.api.merge import plan_merge, run_merge
+
+        plan = plan_merge(
+            models,
+            method=method,
+            base=base,
+            onto=onto,
+            parameters=options.parse_parameters(parameters or []),
+            weights=options.parse_weights(weights),
+            output=output,
+            as_adapter=as_adapter,
+            plugins=plugin or [],
+            device=device,
+            dtype=dtype,
+            shard_size=shard_size,
+            workers=workers,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            allow_missing=allow_missing,
+            trust_remote_code=trust_remote_code,
+        )
+        if dry_run:
+            plan.close()
+            out.result(_plan_document(plan), lambda: _show_plan(out, plan))
+            return
+        for note in plan.notes:
+            out.note(f"note: {note}")
+        result = run_merge(plan, out.progress())
+        for note in result.report.notes[len(plan.notes) :]:
+            out.note(f"warning: {note}", warning=True)
+        out.note(_summary(result.report))
+        document = {"output": str(result.path)} | result.report.model_dump(mode="json", exclude={"tensors"})
+        out.result(document, lambda: out.line(str(result.path)))
+
+
+def _summary(report: Report) -> str:
+    """Return what a person wants to know when it is done."""
+    from basiscli.names import format_size
+
+    cost, lines = report.cost, []
+    if report.task_vectors is not None:
+        models = [source for source in report.sources if source.role != "base"]
+        norms = zip(models, report.task_vectors.norms, strict=True)
+        lines.append("task vectors: " + ", ".join(f"{Path(s.spec).name} {norm:.4g}" for s, norm in norms))
+        cosines = [c for i, row in enumerate(report.task_vectors.cosines) for c in row[:i] if c is not None]
+        merged = f"merged: norm {report.task_vectors.merged_norm:.4g}"
+        merged += f", λ = {report.numbers['lambda']:.4g}" if "lambda" in report.numbers else ""
+        merged += f"; inputs' cosines {min(cosines):.3f} to {max(cosines):.3f}" if cosines else ""
+        lines.append(merged)
+    resumed = f", {cost.resumed_steps} steps were done before" if cost.resumed_steps else ""
+    lines.append(
+        f"{report.numbers['tensors']:.0f} tensors, {format_size(cost.written_bytes)} in {cost.seconds:.1f} s, "
+        f"peak memory {format_size(cost.peak_memory_bytes)} on {cost.device}{resumed}"
+    )
+    return "\n".join(lines)
+
+
+def _plan_document(plan: MergePlan) -> dict[str, Any]:
+    return {
+        "output": str(plan.out),
+        "method": plan.method.name,
+        "parameters": plan.values.model_dump(mode="json"),
+        "base": plan.base.source.spec if plan.base else None,
+        "models": [model.source.spec for model in plan.models],
+        "weights": plan.weights,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "scratch_bytes": plan.scratch_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "notes": plan.notes,
+        "files": [{"name": shard.file, "bytes": shard.nbytes} for shard in plan.layout.shards],
+        "tensors": [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": shard.file}
+            for shard in plan.layout.shards
+            for t in shard.tensors
+        ],
+    }
+
+
+def _show_plan(out: Output, plan: MergePlan) -> None:
+    from basiscli.names import format_size
+
+    parameters = "".join(f" {name}={value}" for name, value in plan.values)
+    out.line(f"{plan.method.name}{parameters} → {plan.out}")
+    rows = [["base", plan.base.source.spec]] if plan.base else []
+    rows += [[f"model {n}", model.source.spec] for n, model in enumerate(plan.models, start=1)]
+    out.table(["input", "from"], rows)
+    out.line()
+    sizes = [[shard.file, str(len(shard.tensors)), format_size(shard.nbytes)] for shard in plan.layout.shards]
+    out.table(["file", "tensors", "size"], sizes, right=[1, 2])
+    out.line()
+    for note in plan.notes:
+        out.line(f"note: {note}")
+    scratch = f", scratch {format_size(plan.scratch_bytes)}" if plan.scratch_bytes else ""
+    out.line(
+        f"read {format_size(plan.read_bytes)}, write {format_size(plan.write_bytes)}{scratch}, "
+        f"memory for tensors at most {format_size(plan.peak_bytes)} with {plan.settings.workers} workers"
+    )

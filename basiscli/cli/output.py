@@ -1,0 +1,142 @@
+"""The one place that talks to the terminal: results, tables, progress and errors.
+
+A result goes to stdout, everything else to stderr. `--json` makes the result one JSON document, `--quiet` leaves only
+the result. Colours and bars appear on terminals only (rich honours NO_COLOR and TERM=dumb).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from basiscli.errors import BasisError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+_ISSUES = "please report it with the command and the text above at the project's issue tracker"
+
+
+class Output:
+    """What a command shows."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+
+    def result(self, document: Any, text: Callable[[], None]) -> None:
+        """Show a result: the JSON document, or what `text` prints."""
+        if self.as_json:
+            print(json.dumps(document, indent=2, ensure_ascii=False))  # noqa: T201
+        else:
+            text()
+
+    def line(self, text: str = "") -> None:
+        """Print a line of the result."""
+        print(text)  # noqa: T201
+
+    def note(self, text: str, *, warning: bool = False) -> None:
+        """Print a remark on stderr."""
+        if not self.quiet:
+            typer.secho(text, err=True, fg="yellow" if warning else None)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+        """Print a table of the result; `right` lists the columns of numbers."""
+        if not sys.stdout.isatty():  # a pipe gets plain aligned text of any width
+            widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+            for row in [columns, *rows]:
+                cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+                self.line("  ".join(cells).rstrip())
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+
+    def progress(self) -> Progress:
+        """Return the display of a run's progress."""
+        return Progress(hidden=self.quiet or not sys.stderr.isatty())
+
+
+class Progress:
+    """Bars on stderr: tensors, bytes, rate and time left, one bar a pass."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        self._hidden = hidden
+        self._bars: RichProgress | None = None
+        self._bar: Any = None
+
+    def start(self, what: str, tasks: int, size: int) -> None:
+        """Begin a pass of so many tasks and bytes."""
+        if self._hidden or tasks == 0:
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        if self._bars is None:
+            self._bars = Progress(
+                TextColumn("{task.description:>8}"),
+                BarColumn(),
+                TextColumn("{task.fields[done]}/{task.fields[tasks]} tensors"),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bars.start()
+        self._bar = self._bars.add_task(what, total=size, done=0, tasks=tasks)
+
+    def advance(self, size: int) -> None:
+        """Note that one task of so many bytes is finished."""
+        if self._bars is not None:
+            bar = next(task for task in self._bars.tasks if task.id == self._bar)
+            self._bars.update(self._bar, advance=size, done=bar.fields["done"] + 1)
+
+    def stop(self) -> None:
+        """End the display."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+@contextmanager
+def errors_shown(*, as_json: bool) -> Iterator[None]:
+    """Turn what goes wrong into a message and the right exit code."""
+    try:
+        yield
+    except BasisError as error:
+        if as_json:
+            print(json.dumps(error.as_dict(), indent=2, ensure_ascii=False))  # noqa: T201
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        typer.secho("interrupted: the same command goes on where this one stopped", err=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # The reader of a pipe went away, as `head` does; nothing is left to say. Keep the interpreter from trying.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        typer.secho(f"this is a bug in basis (or a plugin): {_ISSUES}", err=True, fg="red")
+        raise typer.Exit(1) from error

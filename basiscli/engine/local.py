@@ -1,0 +1,133 @@
+"""Running tasks in threads of one machine, within a memory budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+MIN_BUDGET_BYTES = 1 << 30  # below this, tasks run side by side without being counted
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work: usually one output tensor."""
+
+    key: str
+    """Its name in the journal."""
+    size: int
+    """Bytes it stands for in the progress bar."""
+    workspace: int
+    """Bytes of memory it needs while it runs."""
+    run: Callable[[], dict[str, Any]]
+    """Does the work and returns the journal's entry."""
+
+
+class Progress(Protocol):
+    """What shows how far a run is."""
+
+    def start(self, what: str, tasks: int, size: int) -> None:
+        """Begin a pass of so many tasks and bytes."""
+
+    def advance(self, size: int) -> None:
+        """Note that one task of so many bytes is finished."""
+
+    def stop(self) -> None:
+        """End the display."""
+
+
+class Silent:
+    """No display."""
+
+    def start(self, what: str, tasks: int, size: int) -> None:
+        """Show nothing."""
+
+    def advance(self, size: int) -> None:
+        """Show nothing."""
+
+    def stop(self) -> None:
+        """Show nothing."""
+
+
+def default_workers() -> int:
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_workspace(workspaces: Sequence[int], workers: int) -> int:
+    """Return the most memory that `run_tasks` lets tasks take together."""
+    largest = sorted(workspaces, reverse=True)[:workers]
+    return min(sum(largest), max([MIN_BUDGET_BYTES, *largest[:1]]))
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    record: Callable[[str, dict[str, Any]], None],
+    *,
+    workers: int,
+    progress: Progress,
+    what: str,
+) -> None:
+    """Run tasks, the largest first, and record each as it ends; the first error stops the rest and is raised.
+
+    Every task runs single-threaded: BLAS sums in another order with another number of threads, so results could not be
+    the same bytes for any number of workers. The parallelism is between tasks.
+    """
+    queue: Iterator[Task] = iter(sorted(tasks, key=lambda task: (-task.workspace, task.key)))
+    budget = max([MIN_BUDGET_BYTES, *(task.workspace for task in tasks)])
+    condition = threading.Condition()
+    in_use = 0
+    failure: BaseException | None = None
+
+    def take() -> Task | None:
+        nonlocal in_use
+        with condition:
+            task = next(queue, None) if failure is None else None
+            if task is not None:
+                condition.wait_for(lambda: in_use + task.workspace <= budget or failure is not None)
+                in_use += task.workspace
+            return task
+
+    def work() -> None:
+        nonlocal in_use, failure
+        while (task := take()) is not None and failure is None:
+            try:
+                record(task.key, task.run())
+                progress.advance(task.size)
+            except BaseException as error:  # handed to the caller's thread
+                failure = failure or error
+            finally:
+                with condition:
+                    in_use -= task.workspace
+                    condition.notify_all()
+
+    progress.start(what, len(tasks), sum(task.size for task in tasks))
+    with _one_thread_each():
+        threads = [threading.Thread(target=work, name=f"basis-{n}", daemon=True) for n in range(workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt as interrupt:
+            failure = interrupt
+            for thread in threads:
+                thread.join()
+            raise
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,355 @@
+"""The plan of a merge: every output tensor, what it needs and what it costs, checked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.dtypes import tensor_bytes
+from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.source import Source, resolve, resolve_base
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import REPORT, Layout
+from basiscli.engine.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
+from basiscli.engine.local import default_workers, peak_workspace
+from basiscli.errors import InputError, ResourceError, UsageError
+from basiscli.names import natural_key
+from basiscli.reports.schema import Continuation, read_report
+from basiscli.transforms import History, Method
+from basiscli.version import __version__
+
+BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is done; only `dtype`, `seed` and the three permissions change the result."""
+
+    device: str = "auto"
+    dtype: str | None = None
+    shard_bytes: int = 5_000_000_000
+    workers: int = field(default_factory=default_workers)
+    seed: int = 0
+    resume: bool = True
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+    allow_missing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that a merge will do."""
+
+    out: Path
+    method: Method
+    values: BaseModel
+    models: list[Model]
+    """In order; when an earlier merge is continued, its result is the first."""
+    weights: list[float]
+    base: Checkpoint | None
+    history: History | None
+    merged: list[str]
+    copied: list[str]
+    layout: Layout
+    adapter_rank: int | None
+    """The rank of the adapter to write; None for a full checkpoint."""
+    notes: list[str]
+    settings: Settings
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint whose names, shapes, dtypes and configuration the result takes: the base, else the first."""
+        first = self.models[0]
+        return self.base or (first if isinstance(first, Checkpoint) else first.base)
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether the method needs a number over the whole model before any tensor can be finished."""
+        return self.method.keeps_factors
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs."""
+        names = [*self.merged, *self.copied]
+        total = 0
+        for model in [self.reference, *self.models]:
+            owner = model.adapter.weights.tensors.values() if isinstance(model, AdapterView) else None
+            total += sum(t.nbytes for t in owner) if owner is not None else _bytes_of(model, names)
+        if self.base is None:
+            total -= _bytes_of(self.reference, names)
+        # Whole task vectors are read once more for their statistics, and the base once more to add to.
+        return total * 2 if self.two_passes else total
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of intermediate results on disk."""
+        if not self.two_passes or self.adapter_rank is not None:
+            return 0
+        dense = [n for n in self.merged if any(not _stays_low_rank(model, n) for model in self.models)]
+        return sum(tensor_bytes("F32", self.reference.tensors[name].shape) for name in dense)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the output's weights."""
+        return self.layout.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of tensors in flight, at most; the interpreter and torch come on top."""
+        names = [*self.merged, *self.copied]
+        return peak_workspace([workspace(self, name) for name in names], self.settings.workers)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the bytes of the result."""
+        inputs = [self.reference, *self.models]
+        files = [file for model in inputs for file in model.files]
+        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        settings = self.settings
+        facts = [
+            __version__, self.method.family, self.method.name, self.values.model_dump(mode="json"), self.weights, stamps,
+            self.adapter_rank, settings.device, settings.dtype, settings.seed, settings.allow_nonfinite,
+            settings.allow_missing, [shard.header[0].hex() for shard in self.layout.shards],
+            None if self.history is None else dict(self.history.numbers),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Close the inputs."""
+        for model in [self.reference, *self.models]:
+            model.close()
+
+
+def plan_merge(
+    models: Sequence[str],
+    method: Method,
+    parameters: Mapping[str, Any],
+    *,
+    base: str | None,
+    onto: str | None,
+    weights: Sequence[float] | None,
+    out: str | Path | None,
+    as_adapter: bool,
+    settings: Settings,
+) -> MergePlan:
+    """Look at the headers of every input and decide what will be done.
+
+    Raises:
+        UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
+    """
+    values = method.validate(parameters)
+    if len(models) + (onto is not None) < (1 if method.needs_base else 2):
+        raise UsageError("nothing to merge", remedy="give two models or more")
+    sources = [resolve(spec) for spec in models]
+    onto_source = resolve(onto) if onto else None
+    history, all_weights = _weights(method, values, onto_source, weights, len(sources))
+    inputs = [*([onto_source] if onto_source else []), *sources]
+    base_checkpoint = _find_base(base, inputs, sources, method)
+    opened = [_open(source, base_checkpoint) for source in inputs]
+    first = opened[0]
+    reference = base_checkpoint or (first if isinstance(first, Checkpoint) else first.base)
+
+    check_architecture(reference, opened, trust_remote_code=settings.trust_remote_code)
+    sort = sort_tensors(reference, opened, allow_missing=settings.allow_missing)
+    merged, copied = sorted(sort.merged, key=natural_key), sorted(sort.copied, key=natural_key)
+    if as_adapter:
+        specs, rank = _adapter_tensors(opened, merged, method)
+        layout = Layout.plan(specs, settings.shard_bytes, single_file=ADAPTER_FILE)
+    else:
+        rank = None
+        outputs = [_output(reference.tensors[n], settings.dtype if n in set(merged) else None) for n in [*merged, *copied]]
+        layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
+    notes = sort.notes + common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
+    plan = MergePlan(
+        _place(out, method.name, inputs, reference, settings.overwrite), method, values, opened, all_weights,
+        base_checkpoint, history, merged, copied, layout, rank, notes, settings,
+    )  # fmt: skip
+    _check_disk(plan)
+    return plan
+
+
+def workspace(plan: MergePlan, name: str) -> int:
+    """Return the bytes of memory that the work on one tensor takes, at most."""
+    tensor = plan.reference.tensors[name]
+    count, models = tensor.count, len(plan.models)
+    if plan.two_passes and any(not _stays_low_rank(model, name) for model in plan.models):
+        side = min(tensor.shape) if len(tensor.shape) == 2 else 0
+        # S, T, U and the result in float32; SᵀS, its eigenvectors and LAPACK's workspace in float64.
+        return 16 * count + 6 * 8 * side * side
+    elements = min(count, BLOCK_ELEMENTS) if plan.method.elementwise or plan.two_passes else count
+    return 4 * elements * (2 * models + 4)
+
+
+def _bytes_of(model: Checkpoint | AdapterView, names: Sequence[str]) -> int:
+    return sum(model.tensors[name].nbytes for name in names if name in model.tensors)
+
+
+def _stays_low_rank(model: Model, name: str) -> bool:
+    return isinstance(model, AdapterView) and model.is_low_rank(name)
+
+
+def _output(tensor: TensorSpec, dtype: str | None) -> TensorSpec:
+    return TensorSpec(tensor.name, dtype or tensor.dtype, tensor.shape)
+
+
+def _open(source: Source, base: Checkpoint | None) -> Model:
+    if not source.is_adapter:
+        return Checkpoint.open(source)
+    assert base is not None  # _find_base sees to it that adapters have one
+    return AdapterView(Adapter(source), base)
+
+
+def _find_base(given: str | None, inputs: list[Source], named_by: list[Source], method: Method) -> Checkpoint | None:
+    """Open the base: the one given, else the one that all inputs name, if anything needs one."""
+    if given is not None:
+        source = resolve(given)
+        for adapter in (s for s in inputs if s.is_adapter):
+            if source.repo_id and adapter.base_model and "/" in adapter.base_model and not _is_same(source, adapter):
+                raise InputError(
+                    f"the adapter's base is {adapter.base_model}, not {source.repo_id}",
+                    file=adapter.path,
+                    remedy=f"merge it with adapters of {source.repo_id}; if the two are the same weights, give a local path",
+                )
+        return Checkpoint.open(source)
+    if not method.needs_base and not any(source.is_adapter for source in inputs):
+        return None
+    names = {source.spec: source.base_model for source in named_by}
+    silent = [spec for spec, name in names.items() if name is None]
+    if silent:
+        raise UsageError(
+            f"{method.name} needs the base, and {', '.join(silent)} does not name one",
+            remedy="give it with --base; a model names its base in adapter_config.json or as base_model in its README.md",
+        )
+    if len({name.lower() for name in names.values() if name}) > 1:
+        listing = ", ".join(f"{spec}: {name}" for spec, name in names.items())
+        raise UsageError(f"the inputs name different bases ({listing})", remedy="give the right one with --base")
+    namer = named_by[0]
+    assert namer.base_model is not None
+    return Checkpoint.open(resolve_base(namer.base_model, namer))
+
+
+def _is_same(base: Source, adapter: Source) -> bool:
+    return (adapter.base_model or "").lower() == (base.repo_id or "").lower()
+
+
+def _weights(
+    method: Method, values: BaseModel, onto: Source | None, given: Sequence[float] | None, count: int
+) -> tuple[History | None, list[float]]:
+    """Return the history of the merge to continue, and one weight a model (the continued result's first)."""
+    if given is not None and "weights" not in method.wants:
+        raise UsageError(f"{method.name} takes no weights", remedy="leave out --weights")
+    weights = list(given) if given is not None else [1.0] * count
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights for {count} models", remedy="give one number a model")
+    if onto is None:
+        if "weights" in method.wants and getattr(values, "normalize", False) and sum(weights) == 0:
+            raise UsageError("the weights sum to zero and cannot be normalised", remedy="-p normalize=false")
+        return None, weights
+    if method.onto_weight is None:
+        raise UsageError(f"{method.name} cannot be continued with --onto", remedy="merge all models at once")
+    record = _continuation(onto, method)
+    history = History(record.method, record.parameters, record.weights, record.numbers)
+    try:
+        return history, [method.onto_weight(history), *weights]
+    except (ZeroDivisionError, KeyError) as error:
+        raise InputError("the earlier merge recorded nothing that can be continued", file=onto.folder / REPORT) from error
+
+
+def _continuation(onto: Source, method: Method) -> Continuation:
+    report = read_report(onto.folder)
+    record = report.continuation if report else None
+    if record is None:
+        raise InputError(
+            f"{onto.spec} has no {REPORT} of a merge that can be continued",
+            file=onto.folder,
+            remedy="give the output folder of an earlier `basis merge`",
+        )
+    if record.method != method.name:
+        raise InputError(
+            f"{onto.spec} was merged by {record.method}, not by {method.name}",
+            file=onto.folder / REPORT,
+            remedy=f"--method {record.method}",
+        )
+    return record
+
+
+def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) -> tuple[list[TensorSpec], int]:
+    """Return the tensors of the adapter to write; one rank for all modules, which every serving engine can load."""
+    if not method.keeps_factors:
+        raise UsageError(f"{method.name} cannot write an adapter", remedy="leave out --as-adapter, or use --method ortho")
+    views = [model for model in models if isinstance(model, AdapterView)]
+    if len(views) < len(models):
+        other = next(m for m in models if m not in views)
+        raise UsageError(
+            f"--as-adapter merges adapters, and {other.source.spec} is a full checkpoint", remedy="leave out --as-adapter"
+        )
+    for view in views:
+        for name in merged:
+            if view.changes(name) and (not view.is_low_rank(name) or not view.is_linear(name)):
+                raise InputError(
+                    "the adapter trains something that no LoRA of linear layers can hold",
+                    file=view.source.path,
+                    tensor=name,
+                    remedy="leave out --as-adapter",
+                )
+    owners = {name: view for view in reversed(views) for name in view.modules}
+    rank = max(min(sum(v.rank_of(n) for v in views), *owner.linear_shape(n)) for n, owner in owners.items())
+    dtype = next(iter(views[-1].adapter.weights.tensors.values())).dtype
+    specs = []
+    for name in (name for name in merged if name in owners):
+        out_features, in_features = owners[name].linear_shape(name)
+        key_a, key_b = factor_keys(owners[name], name)
+        specs += [TensorSpec(key_a, dtype, (rank, in_features)), TensorSpec(key_b, dtype, (out_features, rank))]
+    return specs, rank
+
+
+def factor_keys(view: AdapterView, name: str) -> tuple[str, str]:
+    """Return the names that PEFT gives the two factors of a weight."""
+    module = f"base_model.model.{view.modules[name]}"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _place(out: str | Path | None, method: str, inputs: list[Source], reference: Checkpoint, overwrite: bool) -> Path:
+    """Return where the result goes: never into an input, never over something that basis did not write."""
+    place = Path(out) if out is not None else Path(f"merge-{method}")
+    place = place.expanduser().resolve()
+    for folder in {source.folder for source in [*inputs, reference.source]}:
+        if place == folder or folder in place.parents:
+            raise UsageError(f"the output would lie inside an input: {place}", file=folder, remedy="choose another -o")
+        if place in folder.parents:
+            raise UsageError(f"the output would hold an input: {place}", file=folder, remedy="choose another -o")
+    if place.is_file():
+        raise UsageError("the output is a file", file=place, remedy="choose another -o")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise UsageError("the output exists", file=place, remedy="choose another -o, or add --overwrite")
+        if not (place / REPORT).is_file():
+            raise UsageError(
+                "the output exists and was not written by basis: it is not overwritten",
+                file=place,
+                remedy="remove it yourself, or choose another -o",
+            )
+    return place
+
+
+def _check_disk(plan: MergePlan) -> None:
+    parent = next(folder for folder in plan.out.parents if folder.is_dir())
+    partial = plan.out.with_name(f"{plan.out.name}.partial")
+    taken = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
+    needed, free = plan.write_bytes + plan.scratch_bytes, shutil.disk_usage(parent).free + taken
+    if needed > free:
+        raise ResourceError(
+            f"not enough disk space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            file=parent,
+            remedy="free some space or choose another -o",
+        )

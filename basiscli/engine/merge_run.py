@@ -1,0 +1,361 @@
+"""Running a merge's plan: tensors stream through, a block of rows or a matrix at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.architecture import Kind, Kinds, kind_by_name, kinds
+from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.views import Checkpoint, row_blocks
+from basiscli.checkpoints.writer import PartialOutput, digest, write_file
+from basiscli.engine.compatibility import Model
+from basiscli.engine.local import Progress, Task, run_tasks
+from basiscli.engine.merge_plan import BLOCK_ELEMENTS, MergePlan, factor_keys, workspace
+from basiscli.errors import InputError, ResourceError
+from basiscli.linalg.lowrank import LowRank, gram, inner
+from basiscli.transforms import Norms, TaskVectorMerge, TaskVectors
+
+MERGE, WRITE = "merge", "write"  # the two passes, as the journal's keys begin
+
+
+@dataclass
+class MergeRun:
+    """One run of a plan into its partial output."""
+
+    plan: MergePlan
+    output: PartialOutput
+    progress: Progress
+    device: torch.device = field(init=False)
+    kinds: Kinds = field(init=False)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = choose_device(self.plan.settings.device)
+        tensors = self.plan.reference.tensors
+        if self.plan.two_passes:  # only these methods tell linear weights from others
+            self.kinds = kinds(self.plan.reference, tensors)
+        else:
+            self.kinds = Kinds({n: kind_by_name(t) or Kind.OTHER for n, t in tensors.items()}, "names")
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Do what the journal does not have; return the journal, one entry a piece of work.
+
+        Raises:
+            InputError: a NaN or Inf, a file that changed or ended while it was read.
+            ResourceError: memory or disk ran out.
+        """
+        self._forget_damaged()
+        try:
+            if self.plan.two_passes:
+                self._two_passes()
+            else:
+                self._pass("merging", MERGE, [*self.plan.merged, *self.plan.copied], self._merge_elements)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ResourceError(
+                "out of memory", remedy="fewer --workers, or --device cpu; the same command goes on where this one stopped"
+            ) from error
+        return self.output.finished
+
+    # The passes -------------------------------------------------------------------------------------------------------
+
+    def _two_passes(self) -> None:
+        method: TaskVectorMerge = self.plan.method.implementation(self.plan.values)
+        self._pass("merging", MERGE, self.plan.merged, lambda name: self._merge_task_vectors(method, name))
+        entries = [self.output.finished[f"{MERGE}:{name}"] for name in self.plan.merged]
+        new = range(1 if self.plan.history else 0, len(self.plan.models))
+        # fsum is exact, so the order in which workers finished cannot show.
+        self.numbers = method.scale(
+            Norms(
+                task_vectors=[math.sqrt(math.fsum(max(e["gram"][i][i], 0.0) for e in entries)) for i in new],
+                merged=math.sqrt(math.fsum(e["merged"] for e in entries)),
+                history=self.plan.history,
+            )
+        )
+        if self.plan.adapter_rank is not None:
+            touched = [name for name in self.plan.merged if any(name in v.modules for v in self._views())]
+            self._pass("writing", WRITE, touched, self._write_factors)
+        else:
+            self._pass("writing", WRITE, [*self.plan.merged, *self.plan.copied], self._write_sum)
+
+    def _pass(self, what: str, stage: str, names: list[str], work: Callable[[str], dict[str, Any]]) -> None:
+        tensors = self.plan.reference.tensors
+        tasks = [
+            Task(key, tensors[name].nbytes, workspace(self.plan, name), lambda name=name: work(name))  # type: ignore[misc]
+            for name in names
+            if (key := f"{stage}:{name}") not in self.output.finished
+        ]
+        run_tasks(tasks, self._record, workers=self.plan.settings.workers, progress=self.progress, what=what)
+
+    def _forget_damaged(self) -> None:
+        """Drop what the journal says is finished but whose bytes did not reach the disk (a machine that lost power)."""
+        for key, entry in list(self.output.finished.items()):
+            if any(digest([self.output.read_back(n)]) != d for n, d in entry.get("digests", {}).items()):
+                del self.output.finished[key]
+            elif key.startswith(f"{MERGE}:") and "scratch" in entry and not (self.output.scratch / entry["scratch"]).exists():
+                written = f"{WRITE}:{key.removeprefix(f'{MERGE}:')}"
+                if written not in self.output.finished:
+                    del self.output.finished[key]
+
+    # One tensor -------------------------------------------------------------------------------------------------------
+
+    def _merge_elements(self, name: str) -> dict[str, Any]:
+        """Merge one tensor with a function transform, a block of rows at a time where the method allows."""
+        if name in set(self.plan.copied):
+            return self._copy(name)
+        plan, read = self.plan, _TensorReader(self, name)
+        hasher = hashlib.sha256()
+        grams: Tensor | None = None
+        for rows in read.blocks(whole=not plan.method.elementwise):
+            base, others = read.block(rows)
+            available = {"base": base, "others": others, "weights": plan.weights, "seed": self._seed(name)}
+            merged = plan.method.call(plan.values, available)
+            if base is not None:
+                part = gram([(x - base).reshape(-1) for x in [*others, merged]])
+                grams = part if grams is None else grams + part
+            hasher.update(self._write(name, merged, rows))
+        entry: dict[str, Any] = {"digests": {name: hasher.hexdigest()}, "inputs": read.digests()}
+        if grams is not None:
+            entry |= {"gram": grams[:-1, :-1].tolist(), "merged": float(grams[-1, -1])}
+        return entry
+
+    def _merge_task_vectors(self, method: TaskVectorMerge, name: str) -> dict[str, Any]:
+        """Merge the task vectors of one tensor and keep the result as scratch."""
+        first_look, shape = _TensorReader(self, name), self.plan.reference.tensors[name].shape
+        grams = first_look.statistics()
+        vectors = TaskVectors(name, self.kinds.by_name[name], shape, _TensorReader(self, name).task_vectors)
+        merged, details = method.merge(vectors)
+        entry: dict[str, Any] = {"inputs": first_look.digests(), "gram": grams.tolist(), "merged": 0.0} | details
+        if merged is None:
+            return entry
+        entry["merged"] = inner(merged, merged)
+        entry["scratch"] = f"{digest([name.encode()])[:32]}.safetensors"
+        parts = {"b": merged.b, "a": merged.a} if isinstance(merged, LowRank) else {"dense": merged}
+        write_file(self.output.scratch / entry["scratch"], {key: part.cpu() for key, part in parts.items()})
+        return entry
+
+    def _write_sum(self, name: str) -> dict[str, Any]:
+        """Write base + scale · S for one tensor."""
+        if name in set(self.plan.copied):
+            return self._copy(name)
+        scratch = self._scratch(name)
+        if scratch is None and self.plan.layout.tensors[name].dtype == self.plan.reference.tensors[name].dtype:
+            return self._copy(name)
+        shape = self.plan.reference.tensors[name].shape
+        low_rank = _read_low_rank(scratch, shape).to(self.device) if scratch and "a" in scratch.tensors else None
+        hasher, read = hashlib.sha256(), _TensorReader(self, name)
+        for rows in read.blocks():
+            total = read.base(rows)  # checked and digested: a merge of adapters has not read it before
+            if low_rank is not None:
+                total = total + low_rank.dense(rows) * self.numbers["scale"]
+            elif scratch is not None:
+                total = total + scratch.read("dense", rows).to(self.device) * self.numbers["scale"]
+            hasher.update(self._write(name, total, rows))
+        return {"digests": {name: hasher.hexdigest()}, "inputs": read.digests()}
+
+    def _write_factors(self, name: str) -> dict[str, Any]:
+        """Write scale · S of one weight as the two factors of a LoRA adapter, balanced: B = U √σ, A = √σ Vᵀ."""
+        scratch, rank = self._scratch(name), self.plan.adapter_rank or 0
+        view = next(view for view in self._views() if name in view.modules)
+        key_a, key_b = factor_keys(view, name)
+        specs = self.plan.layout.tensors
+        a, b = torch.zeros(specs[key_a].shape), torch.zeros(specs[key_b].shape)
+        if scratch is not None:
+            shape = self.plan.reference.tensors[name].shape
+            u, sigma, vh = _read_low_rank(scratch, shape).scaled(self.numbers["scale"]).to(self.device).svd()
+            if view.is_transposed(name):
+                u, vh = vh.mT, u.mT
+            kept = min(rank, sigma.numel())
+            root = sigma[:kept].sqrt()
+            b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * vh[:kept]
+        digests = {key: digest([self._write(key, part, None)]) for key, part in ((key_a, a), (key_b, b))}
+        return {"digests": digests}
+
+    def _copy(self, name: str) -> dict[str, Any]:
+        """Copy a tensor's bytes from the reference."""
+        read, hasher = _TensorReader(self, name), hashlib.sha256()
+        for rows in read.blocks():
+            hasher.update(self.output.write(name, self.plan.reference.read(name, rows), rows.start if rows else 0))
+        return {"digests": {name: hasher.hexdigest()}, "copied": True}
+
+    # Helpers ----------------------------------------------------------------------------------------------------------
+
+    def _write(self, name: str, values: Tensor, rows: slice | None) -> memoryview:
+        """Round to the storage dtype (to nearest, ties to even), check, and write at the tensor's place."""
+        stored = values.to(torch_dtype(self.plan.layout.tensors[name].dtype))
+        if not (self.plan.settings.allow_nonfinite or is_finite(stored)):
+            # Inputs were checked as they were read, so this came of the arithmetic or of the rounding.
+            raise InputError(
+                f"the merged values do not fit {self.plan.layout.tensors[name].dtype} (NaN or Inf)",
+                file=self.plan.out,
+                tensor=name,
+                remedy="a wider --dtype (bf16 or f32), other parameters, or --allow-nonfinite",
+            )
+        return self.output.write(name, stored, rows.start if rows else 0)
+
+    def _seed(self, name: str) -> int:
+        """Return a seed for one tensor that depends on its name and not on when it is worked on."""
+        key = f"{self.plan.settings.seed}:{name}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+
+    def _views(self) -> list[AdapterView]:
+        return [model for model in self.plan.models if isinstance(model, AdapterView)]
+
+    def _scratch(self, name: str) -> Checkpoint | None:
+        """Return the merged task vector of a tensor, None where it is zero. Small, and its file is opened to be read once."""
+        file = self.output.finished[f"{MERGE}:{name}"].get("scratch")
+        return Checkpoint.open(Source("scratch", self.output.scratch / file)) if file else None
+
+    def _record(self, key: str, entry: dict[str, Any]) -> None:
+        """Journal a finished piece of work; only then may its scratch go."""
+        self.output.record(key, entry)
+        stage, _, name = key.partition(":")
+        scratch = self.output.finished.get(f"{MERGE}:{name}", {}).get("scratch")
+        if stage == WRITE and scratch:
+            (self.output.scratch / scratch).unlink(missing_ok=True)
+
+
+class _TensorReader:
+    """One tensor of all models: read in blocks of rows, checked and digested on the way."""
+
+    def __init__(self, run: MergeRun, name: str) -> None:
+        self.run, self.name = run, name
+        self.plan = run.plan
+        self.shape = self.plan.reference.tensors[name].shape
+        # Digests of what is read in order from its first to its last row; keyed by the model's place, -1 for the base.
+        self._hashers: dict[int, Any] = {}
+        self._wide = any(
+            name in m.tensors and m.tensors[name].dtype == "F64" for m in [self.plan.reference, *self.plan.models]
+        )
+
+    def blocks(self, *, whole: bool = False) -> Iterator[slice | None]:
+        """Yield the blocks of rows to work on; None for all of it at once."""
+        return iter([None]) if whole else row_blocks(self.shape, BLOCK_ELEMENTS)
+
+    def block(self, rows: slice | None) -> tuple[Tensor | None, list[Tensor]]:
+        """Return base (if the merge has one) and models for some rows: on the device, in float32 (float64 for float64)."""
+        base = self._read(-1, self.plan.base, rows) if self.plan.base is not None else None
+        others = [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
+        return base, others
+
+    def base(self, rows: slice | None) -> Tensor:
+        """Return some rows of the reference alone."""
+        return self._read(-1, self.plan.reference, rows)
+
+    def statistics(self) -> Tensor:
+        """Read everything once: check that it is finite, digest it, and return the task vectors' inner products."""
+        factors = [self._low_rank(model) for model in self.plan.models]
+        if all(factor is not None for factor in factors):
+            vectors = [factor for factor in factors if factor is not None]
+            return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
+        total: Tensor | None = None
+        for rows in self.blocks():
+            base, others = self.block(rows)
+            part = gram([(x - base).reshape(-1) for x in others])
+            total = part if total is None else total + part
+        assert total is not None
+        return total.cpu()
+
+    def task_vectors(self) -> Iterator[Tensor | LowRank]:
+        """Yield the task vectors one at a time; see `TaskVectors`."""
+        base: Tensor | None = None
+        for place, model in enumerate(self.plan.models):
+            weight = self.plan.weights[place] if self.plan.history and place == 0 else 1.0
+            factor = self._low_rank(model)
+            if factor is not None:
+                if factor.rank:
+                    yield factor.scaled(weight)
+                continue
+            base = self.base(None) if base is None else base
+            values = self._convert(model.read(self.name)) if self.name in model.tensors else base
+            yield (values - base) * weight if weight != 1.0 else values - base
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of what was read, by the model's place ('-1' for the base)."""
+        return {str(place): hasher.hexdigest() for place, hasher in self._hashers.items()}
+
+    def _low_rank(self, model: Model) -> LowRank | None:
+        """Return a model's task vector in factors (of rank 0 where it has none); None if only dense will do."""
+        if not isinstance(model, AdapterView) or not model.is_low_rank(self.name):
+            return None
+        factor = model.low_rank(self.name)
+        if factor is None:
+            width = math.prod(self.shape[1:])
+            rows = self.shape[0] if self.shape else 1
+            return LowRank(torch.zeros(rows, 0), torch.zeros(0, width), self.shape).to(self.run.device)
+        if not (is_finite(factor.b) and is_finite(factor.a)):
+            self._refuse_nonfinite(model)
+        return factor.to(self.run.device)
+
+    def _read_model(self, place: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
+        if self.name not in model.tensors:
+            return base.clone() if base is not None else self._convert(self.plan.reference.read(self.name, rows))
+        if isinstance(model, Checkpoint):
+            return self._read(place, model, rows)
+        if base is not None and not model.changes(self.name):
+            return base.clone()
+        values = self._convert(model.read(self.name, rows))
+        if not is_finite(values):
+            self._refuse_nonfinite(model)
+        return values
+
+    def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
+        raw = checkpoint.read(self.name, rows)
+        if raw.numel():
+            hasher = self._hashers.setdefault(place, hashlib.sha256())
+            hasher.update(memoryview(raw.view(-1).view(torch.uint8).numpy()))
+        values = self._convert(raw)
+        if not is_finite(values):
+            self._refuse_nonfinite(checkpoint)
+        return values
+
+    def _convert(self, raw: Tensor) -> Tensor:
+        return raw.to(self.run.device, torch.float64 if self._wide else torch.float32)
+
+    def _refuse_nonfinite(self, model: Model) -> None:
+        if not self.plan.settings.allow_nonfinite:
+            stored = model.tensors[self.name]
+            raise InputError(
+                f"{model.source.spec} has a NaN or Inf",
+                file=getattr(stored, "file", model.source.path),
+                tensor=self.name,
+                remedy="mend the checkpoint, or --allow-nonfinite to go on",
+            )
+
+
+def choose_device(wish: str) -> torch.device:
+    """Return the device for 'auto' or a device's name.
+
+    Raises:
+        ResourceError: if there is no such device.
+    """
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wish)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ResourceError(f"no device '{wish}': {str(error).splitlines()[0]}", remedy="--device cpu") from error
+    return device
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether every element is finite, in one pass without a mask: NaN and Inf survive a sum.
+
+    A sum can also overflow on its own; only then every element is looked at.
+    """
+    if not values.is_floating_point() or math.isfinite(float(values.sum())):
+        return True
+    return bool(torch.isfinite(values).all())
+
+
+def _read_low_rank(scratch: Checkpoint, shape: tuple[int, ...]) -> LowRank:
+    return LowRank(scratch.read("b"), scratch.read("a"), shape)

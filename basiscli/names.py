@@ -1,0 +1,36 @@
+"""Order and spelling of names and sizes."""
+
+from __future__ import annotations
+
+import re
+
+from basiscli.errors import UsageError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sort key under which `layers.2` comes before `layers.10`."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of '5GB', '500MiB' or '1000'."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"not a size: '{text}'", remedy="for example 5GB or 500MB")
+    return size
+
+
+def format_size(size: float) -> str:
+    """Return bytes as people read them, in powers of ten as disks and the Hub count: '538.1 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,189 @@
+"""From a finished merge's journal to its report."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.writer import stored_digest, weights_digest
+from basiscli.engine.compatibility import Model
+from basiscli.engine.merge_run import MERGE, WRITE, MergeRun
+from basiscli.names import natural_key
+from basiscli.reports.schema import (
+    Continuation,
+    Cost,
+    MethodRecord,
+    Report,
+    SourceRecord,
+    TaskVectorRecord,
+    TensorRecord,
+)
+from basiscli.version import __version__
+
+Journal = Mapping[str, dict[str, Any]]
+
+
+def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_merging: float) -> Report:
+    """Assemble the report of a merge."""
+    plan = run.plan
+    written = {name: sha for entry in journal.values() for name, sha in entry.get("digests", {}).items()}
+    specs = plan.layout.tensors
+    numbers = {"tensors": float(len(specs)), "parameters": float(sum(t.count for t in specs.values())), **run.numbers}
+    parameters = plan.values.model_dump(mode="json")
+    return Report(
+        command="merge",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        method=MethodRecord(name=plan.method.name, parameters=parameters, source=plan.method.source),
+        sources=_sources(run, journal),
+        seed=plan.settings.seed,
+        notes=plan.notes,
+        numbers=numbers,
+        task_vectors=_whole_model(run, journal),
+        continuation=Continuation(
+            method=plan.method.name, parameters=parameters, weights=plan.weights, numbers=run.numbers
+        )
+        if plan.method.onto_weight
+        else None,
+        kinds_found_by=run.kinds.found_by,
+        weights_digest=weights_digest(specs.values(), written),
+        tensors=[_tensor(run, journal, spec, written[spec.name]) for spec in sorted(specs.values(), key=_by_name)],
+        cost=Cost(
+            seconds=round(seconds, 3),
+            seconds_merging=round(seconds_merging, 3),
+            peak_memory_bytes=peak_memory_bytes(),
+            read_bytes=plan.read_bytes,
+            written_bytes=plan.write_bytes,
+            workers=plan.settings.workers,
+            device=str(run.device),
+            resumed_steps=run.output.resumed,
+        ),
+        versions=versions(),
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the result."""
+    found = {"basiscli": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "safetensors", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sources(run: MergeRun, journal: Journal) -> list[SourceRecord]:
+    plan = run.plan
+    records = []
+    if plan.base is not None:
+        records.append(_source("base", plan.base, None, _read_digests(journal, "-1") | _copied_digests(journal)))
+    for place, (model, weight) in enumerate(zip(plan.models, plan.weights, strict=True)):
+        role = "onto" if plan.history is not None and place == 0 else "model"
+        records.append(_source(role, model, weight, _read_digests(journal, str(place))))
+    return records
+
+
+def _source(role: Any, model: Model, weight: float | None, read: Mapping[str, str]) -> SourceRecord:
+    source = model.source
+    stored = model.adapter.weights.tensors if isinstance(model, AdapterView) else model.tensors
+    # What the merge had no reason to read (an adapter's factors, buffers) is small and read here. A base that was not
+    # read at all, as for an adapter of adapters, has no digest: reading it would be most of the work.
+    sha256 = {t.name: read.get(t.name) or stored_digest(t) for t in stored.values()} if read or role != "base" else {}
+    return SourceRecord(
+        role=role,
+        spec=source.spec,
+        kind="adapter" if isinstance(model, AdapterView) else "checkpoint",
+        repo_id=source.repo_id,
+        revision=source.revision,
+        license=license_of(model),
+        weight=weight,
+        digest=weights_digest(stored.values(), sha256) if sha256 else None,
+    )
+
+
+def license_of(model: Model) -> str | None:
+    """Return the licence that a model's card names."""
+    name = model.source.card.get("license")
+    return name if isinstance(name, str) else None
+
+
+def _read_digests(journal: Journal, place: str) -> dict[str, str]:
+    return {
+        key.partition(":")[2]: entry["inputs"][place]
+        for key, entry in journal.items()
+        if place in entry.get("inputs", {})
+    }
+
+
+def _copied_digests(journal: Journal) -> dict[str, str]:
+    return {n: sha for entry in journal.values() if entry.get("copied") for n, sha in entry["digests"].items()}
+
+
+def _whole_model(run: MergeRun, journal: Journal) -> TaskVectorRecord | None:
+    entries = [entry for name in run.plan.merged if "gram" in (entry := journal.get(f"{MERGE}:{name}", {}))]
+    if not entries:
+        return None
+    places = range(len(run.plan.models))
+    total = [[math.fsum(entry["gram"][i][j] for entry in entries) for j in places] for i in places]
+    scale = run.numbers.get("scale", 1.0)
+    merged = math.sqrt(math.fsum(entry["merged"] for entry in entries))
+    return TaskVectorRecord(norms=_norms(total), cosines=_cosines(total), merged_norm=scale * merged)
+
+
+def _tensor(run: MergeRun, journal: Journal, spec: TensorSpec, sha256: str) -> TensorRecord:
+    plan = run.plan
+    name = spec.name if plan.adapter_rank is None else _weight_of(run, spec.name)
+    entry = journal.get(f"{MERGE}:{name}", {})
+    copied = entry.get("copied", False) or (journal.get(f"{WRITE}:{name}", {}).get("copied", False))
+    record: dict[str, Any] = {}
+    if "gram" in entry:
+        record = {
+            "norms": _norms(entry["gram"]),
+            "cosines": _cosines(entry["gram"]),
+            "merged_norm": run.numbers.get("scale", 1.0) * math.sqrt(max(entry["merged"], 0.0)),
+            "r": entry.get("r"),
+        }
+    return TensorRecord(
+        name=spec.name,
+        kind=run.kinds.by_name[name],
+        dtype=spec.dtype,
+        shape=spec.shape,
+        sha256=sha256,
+        action="copied" if copied else "merged",
+        **record,
+    )
+
+
+def _weight_of(run: MergeRun, factor: str) -> str:
+    module = factor.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    views = [model for model in run.plan.models if isinstance(model, AdapterView)]
+    return next(name for view in views for name, known in view.modules.items() if known == module)
+
+
+def _norms(gram: Sequence[Sequence[float]]) -> list[float]:
+    return [math.sqrt(max(gram[i][i], 0.0)) for i in range(len(gram))]
+
+
+def _cosines(gram: Sequence[Sequence[float]]) -> list[list[float | None]]:
+    """Return cosines; None where a vector is zero and has no direction."""
+    norms = _norms(gram)
+    places = range(len(gram))
+    return [[gram[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] > 0 else None for j in places] for i in places]
+
+
+def _by_name(tensor: TensorSpec) -> Any:
+    return natural_key(tensor.name)
+

@@ -1,0 +1,141 @@
+"""The report that every run writes beside its weights: `basis_report.json`.
+
+Fields are added within a schema version, never renamed or removed. Everything outside `cost`, `versions` and `created`
+is the same for the same inputs, parameters and version.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from basiscli.checkpoints.source import read_json
+from basiscli.checkpoints.writer import REPORT
+from basiscli.errors import InputError
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class SourceRecord(_Record):
+    """One input."""
+
+    role: Literal["base", "model", "onto"]
+    spec: str
+    """As it was given."""
+    kind: Literal["checkpoint", "adapter"]
+    repo_id: str | None = None
+    revision: str | None = None
+    """Commit on the Hub."""
+    license: str | None = None
+    weight: float | None = None
+    digest: str | None = None
+    """`weights_digest` of the tensors that were read; see `Report.weights_digest`."""
+
+
+class MethodRecord(_Record):
+    """What was done."""
+
+    name: str
+    parameters: dict[str, object]
+    source: str = ""
+
+
+class TensorRecord(_Record):
+    """One tensor of the output. Norms are Frobenius norms of task vectors, in the order of the models."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    action: Literal["merged", "copied"]
+    norms: list[float] | None = None
+    cosines: list[list[float | None]] | None = None
+    merged_norm: float | None = None
+    r: list[int] | None = None
+    """ortho: leading singular directions of the merged model that were closed to each model after the first."""
+
+
+class TaskVectorRecord(_Record):
+    """Task vectors of whole models, every parameter counted once."""
+
+    norms: list[float]
+    cosines: list[list[float | None]]
+    merged_norm: float
+
+
+class Continuation(_Record):
+    """What `--onto` needs to continue this merge."""
+
+    method: str
+    parameters: dict[str, object]
+    weights: list[float]
+    numbers: dict[str, float]
+
+
+class Cost(_Record):
+    """What the run took."""
+
+    seconds: float
+    seconds_merging: float
+    peak_memory_bytes: int
+    """Of the whole process."""
+    read_bytes: int
+    written_bytes: int
+    workers: int
+    device: str
+    resumed_steps: int
+    """Pieces of work that an interrupted run had finished."""
+
+
+class Report(_Record):
+    """The whole report."""
+
+    schema_version: int = SCHEMA_VERSION
+    command: Literal["merge"]
+    created: str
+    method: MethodRecord
+    sources: list[SourceRecord]
+    seed: int
+    notes: list[str]
+    numbers: dict[str, float]
+    """Named numbers of the whole run."""
+    task_vectors: TaskVectorRecord | None = None
+    continuation: Continuation | None = None
+    kinds_found_by: Literal["names", "model"]
+    weights_digest: str
+    """SHA-256 of the lines `name dtype shape sha256` of all tensors in order of their names: the same however a
+    checkpoint is cut into shards."""
+    tensors: list[TensorRecord]
+    cost: Cost
+    versions: dict[str, str]
+
+
+def read_report(folder: Path) -> Report | None:
+    """Read a folder's report, None where there is none.
+
+    Raises:
+        InputError: if it is of a newer schema or is damaged.
+    """
+    table = read_json(folder / REPORT)
+    if not table:
+        return None
+    version = table.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise InputError(
+            f"the report has schema version {version}; this basis reads up to {SCHEMA_VERSION}",
+            file=folder / REPORT,
+            remedy="update basis",
+        )
+    try:
+        return Report.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"the report is damaged: {where}: {first['msg']}", file=folder / REPORT) from error

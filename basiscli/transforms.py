@@ -1,0 +1,244 @@
+"""The contract between a transform and the core, and the decorator that makes one.
+
+A transform is mathematics on named tensors. It never opens a file, chooses a device or prints. The simplest is a
+function whose positional parameters say what it wants and whose keyword-only ones are its parameters:
+
+    @transform("merge", elementwise=True, source="…")
+    def mean(base, others, *, keep_base: bool = True):
+        \"\"\"Plain average.\"\"\"
+        models = [base, *others] if keep_base else others
+        return sum(models) / len(models)
+
+A merge may ask for `base` (float32 tensor; with a default of None it can do without), `others` (list of float32
+tensors of base's shape), `weights` (one float a model) and `seed` (an integer that depends on `--seed` and the
+tensor's name only). It returns a tensor of the same shape. `elementwise=True` says that every output element depends
+on the input elements at its place alone: the core may then pass blocks of rows instead of whole tensors.
+
+A method that needs one number over the whole model is a class derived from `TaskVectorMerge`.
+
+This module imports no torch, and a transform should not at its top either: `--dry-run` then answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from basiscli.checkpoints.architecture import Kind
+from basiscli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from basiscli.linalg.lowrank import LowRank
+
+Family = Literal["merge", "init", "compress"]
+_POSITIONAL = ("base", "others", "weights", "seed")
+Target = TypeVar("Target")
+
+
+class Parameters(BaseModel):
+    """Parameters of a method: unknown names and values out of range are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class History:
+    """What an earlier merge recorded so that it can be continued with `--onto`."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    weights: list[float]
+    numbers: Mapping[str, float]
+
+
+OntoWeight = Callable[[History], float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A transform as the registry knows it."""
+
+    family: Family
+    name: str
+    doc: str
+    source: str
+    parameters: type[BaseModel]
+    implementation: Any
+    elementwise: bool = False
+    onto_weight: OntoWeight | None = None
+    wants: tuple[str, ...] = ()
+    needs_base: bool = True
+
+    @property
+    def summary(self) -> str:
+        """The first line of the documentation."""
+        return self.doc.partition("\n")[0]
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether low-rank inputs give a low-rank result that can be written as an adapter."""
+        return isinstance(self.implementation, type) and issubclass(self.implementation, TaskVectorMerge)
+
+    def validate(self, given: Mapping[str, Any]) -> BaseModel:
+        """Check parameters given by name.
+
+        Raises:
+            UsageError: an unknown name (with the nearest known one), a wrong type or a value out of range.
+        """
+        known = self.parameters.model_fields
+        for name in given:
+            if name not in known:
+                raise UsageError(f"{self.name} has no parameter '{name}'", remedy=did_you_mean(name, known))
+        try:
+            return self.parameters.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UsageError(
+                f"parameter {where}={first['input']!r} of {self.name}: {first['msg']}",
+                remedy=f"`basis methods show {self.name}` lists its parameters",
+            ) from error
+
+    def call(self, values: BaseModel, available: Mapping[str, Any]) -> Tensor:
+        """Call a function transform with what it wants of the available inputs and its parameters."""
+        positional = {name: available[name] for name in self.wants}
+        keyword = {_python_name(name): value for name, value in values}
+        result: Tensor = self.implementation(**positional, **keyword)
+        return result
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The task vectors (fine-tuned − base) of one tensor, in the order the models were given.
+
+    Iterating reads one at a time: a dense float32 tensor, or the factors of a LoRA update. Models that leave the tensor
+    as it is are skipped. When an earlier merge is continued, its running sum comes first.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    read: Callable[[], Iterator[Tensor | LowRank]]
+
+    def __iter__(self) -> Iterator[Tensor | LowRank]:
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Frobenius norms over the whole model, every parameter counted once."""
+
+    task_vectors: list[float]
+    """Of each new model, in order."""
+    merged: float
+    """Of the merged task vector."""
+    history: History | None
+
+
+class TaskVectorMerge(ABC):
+    """A merge that adds one merged task vector to the base: `W = W_base + scale · S`, scale one number for all tensors.
+
+    The core calls `merge` once a tensor (in any order, in threads), sums the norms, calls `scale` once, and finishes
+    the tensors in a second pass that only adds.
+    """
+
+    Parameters: ClassVar[type[BaseModel]] = Parameters
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = parameters
+
+    @abstractmethod
+    def merge(self, task_vectors: TaskVectors) -> tuple[Tensor | LowRank | None, dict[str, Any]]:
+        """Return S for one tensor (None for zero) and what the report should say about it."""
+
+    @abstractmethod
+    def scale(self, norms: Norms) -> dict[str, float]:
+        """Return the numbers of the whole merge; the one named 'scale' multiplies S."""
+
+    @staticmethod
+    def onto_weight(history: History) -> float:
+        """Return what multiplies an earlier result's task vector to give back its S."""
+        return 1.0 / history.numbers["scale"]
+
+
+def transform(
+    family: Family,
+    *,
+    name: str | None = None,
+    source: str = "",
+    elementwise: bool = False,
+    onto_weight: OntoWeight | None = None,
+) -> Callable[[Target], Target]:
+    """Make a function or a `TaskVectorMerge` class a transform.
+
+    Args:
+        family: the command it serves.
+        name: the name at the command line; by default the function's own, or the class's in lower case.
+        source: paper and equation.
+        elementwise: see the module's documentation.
+        onto_weight: for `--onto`: from an earlier merge's history to the weight its result takes as the first model.
+    """
+
+    def register(target: Target) -> Target:
+        doc = inspect.getdoc(target) or ""
+        if isinstance(target, type) and issubclass(target, TaskVectorMerge):
+            method = Method(
+                family, name or target.__name__.lower(), doc, source, target.Parameters, target,
+                onto_weight=target.onto_weight,
+            )  # fmt: skip
+        elif inspect.isfunction(target):
+            wants, needs_base = _wants(target)
+            parameters = _parameters_of(target)
+            method = Method(
+                family, name or target.__name__, doc, source, parameters, target, elementwise, onto_weight, wants,
+                needs_base,
+            )  # fmt: skip
+        else:
+            raise TypeError("a transform is a function or a TaskVectorMerge class")
+        target.basis_method = method  # type: ignore[attr-defined]
+        return target
+
+    return register
+
+
+def _wants(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """Return the inputs that a function's positional parameters name, and whether it cannot do without a base."""
+    positional = [
+        p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    for parameter in positional:
+        if parameter.name not in _POSITIONAL:
+            raise TypeError(
+                f"{function.__name__}: a merge takes {', '.join(_POSITIONAL)}, not '{parameter.name}'; "
+                "its own parameters are keyword-only"
+            )
+    needs_base = any(p.name == "base" and p.default is inspect.Parameter.empty for p in positional)
+    return tuple(p.name for p in positional), needs_base
+
+
+def _parameters_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """Make a pydantic model of a function's keyword-only parameters."""
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            annotation = parameter.annotation
+            if isinstance(annotation, str):  # `from __future__ import annotations`
+                annotation = eval(annotation, function.__globals__)  # the plugin's own source text
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[parameter.name.rstrip("_")] = (annotation, default)
+    model: type[BaseModel] = create_model(function.__name__, __base__=Parameters, **fields)
+    return model
+
+
+def _python_name(name: str) -> str:
+    """Return a parameter's name in Python: `lambda` is `lambda_` there."""
+    import keyword
+
+    return f"{name}_" if keyword.iskeyword(name) else name
