@@ -26,7 +26,12 @@ class BasisError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(
-        self, what: str, *, file: Path | str | None = None, tensor: str | None = None, remedy: str | None = None
+        self,
+        what: str,
+        *,
+        file: Path | str | None = None,
+        tensor: str | None = None,
+        remedy: str | None = None,
     ) -> None:
         super().__init__(what)
         self.what = what

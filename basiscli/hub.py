@@ -1,4 +1,4 @@
-"""The Hugging Face Hub. Tokens, cache, endpoint and offline mode are huggingface_hub's own; nothing here handles them."""
+"""The Hugging Face Hub. Tokens, cache, endpoint and offline mode are left to huggingface_hub."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def pull(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     with _explained(repo_id, revision):
         for weights in ("*.safetensors", "*.bin", "*.gguf"):
             folder = Path(
-                snapshot_download(
-                    repo_id, revision=revision, allow_patterns=[*_KEEP, weights], ignore_patterns=_SKIP
-                )
+                snapshot_download(repo_id, revision=revision, allow_patterns=[*_KEEP, weights], ignore_patterns=_SKIP)
             )
             if any(folder.glob(weights)):
                 break
@@ -55,11 +53,12 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise HubError(
             f"{what} is gated: your account has no access",
-            remedy=f"ask for access on its page at the Hub, log in with `hf auth login`, or use a local copy of {repo_id}",
+            remedy="ask for access on its page and log in with `hf auth login`, or give the path of a local copy",
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(
-            f"{repo_id} has no revision '{revision}'", remedy="give a branch, a tag or a full commit hash after the @"
+            f"{repo_id} has no revision '{revision}'",
+            remedy="give a branch, a tag or a full commit hash after the @",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
@@ -79,4 +78,6 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             remedy="too many requests: wait a few minutes, or log in" if limited else "try again later",
         ) from error
     except OSError as error:
-        raise HubError(f"could not get {what}: {error}", remedy="check the network and the disk, and try again") from error
+        raise HubError(
+            f"could not get {what}: {error}", remedy="check the network and the disk, and try again"
+        ) from error

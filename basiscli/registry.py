@@ -68,7 +68,8 @@ def _load(point: EntryPoint) -> Method:
         ) from error
     if not isinstance(method, Method):
         raise UsageError(
-            f"plugin '{point.name}' of {owner} is no transform", remedy="decorate it with @basiscli.transform(...)"
+            f"plugin '{point.name}' of {owner} is no transform",
+            remedy="decorate it with @basiscli.transform(...)",
         )
     return method
 
@@ -84,7 +85,11 @@ def _methods_of_file(file: Path) -> list[Method]:
     except Exception as error:  # the user's file may fail in any way
         raise UsageError(f"the plugin does not load: {type(error).__name__}: {error}", file=file) from error
     methods = [getattr(value, "basis_method", None) for value in vars(module).values()]
-    found = [method for method in methods if isinstance(method, Method) and method.implementation.__module__ == spec.name]
+    found = [
+        method for method in methods if isinstance(method, Method) and method.implementation.__module__ == spec.name
+    ]
     if not found:
-        raise UsageError("the file defines no transform", file=file, remedy="decorate one with @basiscli.transform(...)")
+        raise UsageError(
+            "the file defines no transform", file=file, remedy="decorate one with @basiscli.transform(...)"
+        )
     return found

@@ -25,6 +25,8 @@ MODELS = {
 }
 """all-MiniLM-L6-v2 (Apache-2.0), a fine-tune for operations jargon (Apache-2.0), one for job matching (MIT)."""
 
+SRE, SKILLS = "SRE similarity", "skill gap"
+
 # Term and meaning, as the first fine-tune was trained to bring together.
 SRE_PAIRS = [
     ("pod is crash looping", "CrashLoopBackOff"),
@@ -37,13 +39,30 @@ SRE_PAIRS = [
     ("replica is behind the primary", "replication lag"),
 ]
 
-# A position and a summary of somebody's work; the second fine-tune was trained to score whether they match.
+# Role → requirement, skills, duty, work done. The second fine-tune was trained to score positions against summaries of
+# somebody's work, and to mark down the one whose skills are others.
 _ROLES = {
-    "Frontend Developer": ("JavaScript, React, CSS", "Developed responsive web applications using React"),
-    "Data Scientist": ("Python, Machine Learning, Statistics", "Built machine learning models for predictive analytics"),
-    "Product Manager": ("Roadmapping, Agile, JIRA", "Led product strategy and managed stakeholders"),
-    "DevOps Engineer": ("AWS, Docker, Kubernetes", "Automated deployments with Docker and Kubernetes"),
+    "Frontend Developer": (
+        "modern frameworks",
+        "JavaScript, React, CSS",
+        "web development",
+        "Developed web applications",
+    ),
+    "Data Scientist": (
+        "statistics",
+        "Python, Machine Learning, SQL",
+        "modelling",
+        "Built machine learning models",
+    ),
+    "Product Manager": (
+        "leadership",
+        "Roadmapping, Agile, JIRA",
+        "product strategy",
+        "Led a product roadmap",
+    ),
+    "DevOps Engineer": ("cloud experience", "AWS, Docker, Kubernetes", "deployment", "Automated deployments"),
 }
+_OTHER_SKILLS = "Microsoft Office, Customer Service, Sales, Marketing"
 
 
 @dataclass(frozen=True)
@@ -77,14 +96,18 @@ def demo(output: str | Path = "basis-demo", *, progress: Progress | None = None)
         progress=progress,
     )
     scores = {name: measure(folder) for name, folder in [*folders.items(), ("merged", result.path)]}
-    sre, jobs = ({name: score[measure_] for name, score in scores.items()} for measure_ in ("SRE similarity", "job margin"))
+    kept = {
+        measured: (scores["merged"][measured] - scores["base"][measured])
+        / (scores[expert][measured] - scores["base"][measured])
+        for measured, expert in ((SRE, "sre"), (SKILLS, "jobs"))
+    }
     return Demo(
         result.path,
         "basis merge sre jobs --base base --method ortho -o " + str(output),
         scores,
         [
-            f"SRE similarity: the merge keeps {_kept(sre, 'sre'):.0%} of what the sre fine-tune gained.",
-            f"job margin: the merge has {jobs['merged']:.3f}, the base {jobs['base']:.3f}, the jobs fine-tune {jobs['jobs']:.3f}.",
+            f"{SRE} (a term with its meaning): the merge keeps {kept[SRE]:.0%} of what sre gained.",
+            f"{SKILLS} (fitting skills against others): it keeps {kept[SKILLS]:.0%} of what jobs gained.",
         ],
     )
 
@@ -106,15 +129,25 @@ def model_folder(name: str) -> Path:
 
 
 def measure(folder: str | Path) -> dict[str, float]:
-    """Return a MiniLM's mean similarity of the SRE pairs, and by how much a position prefers the matching summary."""
+    """Return a MiniLM's mean cosine of the SRE pairs, and how much lower it scores a summary with the wrong skills."""
     left, right = zip(*SRE_PAIRS, strict=True)
     pairs = embed(folder, left) @ embed(folder, right).mT
-    positions = [f"Position: {role}\n\nRequired Skills:\n{skills}\n" for role, (skills, _) in _ROLES.items()]
-    summaries = [f"PROFESSIONAL SUMMARY\n{work}\n\nSKILLS\n{skills}\n" for skills, work in _ROLES.values()]
-    table = embed(folder, positions) @ embed(folder, summaries).mT
-    matching = table.diagonal().mean()
-    others = (table.sum() - table.diagonal().sum()) / (table.numel() - len(table))
-    return {"SRE similarity": float(pairs.diagonal().mean()), "job margin": float(matching - others)}
+    positions = embed(folder, [_position(role) for role in _ROLES])
+    fitting = positions @ embed(folder, [_summary(role, _ROLES[role][1]) for role in _ROLES]).mT
+    unfitting = positions @ embed(folder, [_summary(role, _OTHER_SKILLS) for role in _ROLES]).mT
+    gap = fitting.diagonal().mean() - unfitting.diagonal().mean()
+    return {SRE: float(pairs.diagonal().mean()), SKILLS: float(gap)}
+
+
+def _position(role: str) -> str:
+    requirement, skills, duty, _ = _ROLES[role]
+    lists = {"Requirements": requirement, "Required Skills": skills, "Responsibilities": duty}
+    return f"Position: {role}\n\n" + "\n".join(f"{title}:\n• {entry}\n" for title, entry in lists.items())
+
+
+def _summary(role: str, skills: str) -> str:
+    background = f"Experienced professional with background in {role.lower()}"
+    return f"PROFESSIONAL SUMMARY\n{background}\n\nEXPERIENCE\n• {_ROLES[role][3]}\n\nSKILLS\n{skills}\n"
 
 
 def embed(folder: str | Path, texts: Sequence[str]) -> Tensor:
@@ -129,7 +162,3 @@ def embed(folder: str | Path, texts: Sequence[str]) -> Tensor:
         hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"][:, :, None]
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-
-
-def _kept(scores: dict[str, float], expert: str) -> float:
-    return (scores["merged"] - scores["base"]) / (scores[expert] - scores["base"])

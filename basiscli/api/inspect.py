@@ -44,7 +44,13 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""
         tensors = [
-            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "layer": layer_of(t.name)}
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "bytes": t.nbytes,
+                "layer": layer_of(t.name),
+            }
             for t in self.tensors
         ]
         return asdict(self) | {"path": str(self.path), "tensors": tensors}
@@ -73,9 +79,18 @@ def inspect(model: str | Path) -> Inspection:
     for tensor in tensors:
         name = "lora" if ".lora_" in tensor.name else str(kind_by_name(tensor) or "matrix")
         kinds.setdefault(name, []).append(tensor)
-    groups = [_group(name, members) for name, members in sorted(kinds.items(), key=lambda kv: -sum(t.count for t in kv[1]))]
+    groups = [
+        _group(name, members) for name, members in sorted(kinds.items(), key=lambda kv: -sum(t.count for t in kv[1]))
+    ]
     return Inspection(
-        kind, source.path, source.repo_id, source.revision, facts, groups, _group("all", tensors), list(tensors)
+        kind,
+        source.path,
+        source.repo_id,
+        source.revision,
+        facts,
+        groups,
+        _group("all", tensors),
+        list(tensors),
     )
 
 
@@ -131,4 +146,4 @@ def _report_facts(source: Source) -> dict[str, Any]:
     if report is None:
         return {}
     inputs = ", ".join(Path(s.spec).name for s in report.sources if s.role != "base")
-    return {"made by": f"basis {report.versions.get('basiscli', '?')} {report.command} --method {report.method.name} of {inputs}"}
+    return {"made by": f"basis {report.command} --method {report.method.name} of {inputs}"}

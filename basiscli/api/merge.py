@@ -79,7 +79,7 @@ def merge(
             resume: go on where an interrupted run of the same merge stopped (default).
             overwrite: replace an earlier output of basis.
             allow_nonfinite: accept NaN and Inf.
-            allow_missing: accept parameters that only some models have; the names of the base (else the first model) win.
+            allow_missing: accept parameters that only some models have: the base (else the first model) wins.
             trust_remote_code: copy `*.py` files of the base into the result; nothing runs them.
 
     Raises:

@@ -55,7 +55,9 @@ def _check_digests(checkpoint: Checkpoint, report: Report, progress: Progress) -
     folder = checkpoint.source.folder
     recorded = {tensor.name: tensor for tensor in report.tensors}
     for name in sorted(recorded.keys() ^ checkpoint.tensors.keys()):
-        what = "is in the report and not in the weights" if name in recorded else "is in the weights and not in the report"
+        what = (
+            "is in the report and not in the weights" if name in recorded else "is in the weights and not in the report"
+        )
         raise InputError(f"the tensor {what}", file=folder, tensor=name, remedy="make or download the model again")
     progress.start("verify", len(recorded), sum(t.nbytes for t in checkpoint.tensors.values()))
     digests = {}

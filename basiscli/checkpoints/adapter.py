@@ -101,7 +101,10 @@ class Adapter:
                 case "B.weight" | "embedding_B":
                     b_parts[module] = stored
                 case "B.bias":
-                    self.bias_deltas[f"{module}.bias"] = (stored, self._scaling(module, self._rank_of(module)))
+                    self.bias_deltas[f"{module}.bias"] = (
+                        stored,
+                        self._scaling(module, self._rank_of(module)),
+                    )
                 case _ if module:
                     raise InputError("a part of LoRA that is not known", file=self.weights.files[0], tensor=stored)
                 case _:
@@ -250,7 +253,7 @@ class AdapterView:
                 f"the adapter is for a tensor of shape {list(found)}, its base has {list(target.shape)}",
                 file=weights.files[0],
                 tensor=name,
-                remedy=f"{self.base.source.spec} is another model, or its vocabulary was resized: give the right --base",
+                remedy=f"{self.base.source.spec} is another model or has another vocabulary: give the right --base",
             )
 
 

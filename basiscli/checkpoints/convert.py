@@ -107,12 +107,12 @@ def _convert_pickles(files: list[Path], folder: Path, out: Path) -> None:
     """Write one safetensors file a pickle; tensors that share their storage are aliases and are written once."""
     from safetensors.torch import save_file
 
-    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     for number, file in enumerate(files, start=1):
         state = {}
         seen.clear()
         for name, tensor in load_pickle(file).items():
-            place = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if tensor.numel() and place in seen:
                 continue
             seen[place] = name

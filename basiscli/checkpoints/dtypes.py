@@ -81,6 +81,16 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU: its own memory where it is contiguous, else a copy's."""
+    import torch
+
+    if not tensor.numel():
+        return memoryview(b"")
+    view: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return view
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes that a tensor of this dtype and shape takes."""
     count = 1

@@ -13,7 +13,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from basiscli.checkpoints.dtypes import DTYPES, tensor_bytes
 from basiscli.errors import InputError
@@ -152,7 +152,7 @@ def _parse_entry(name: str, entry: object, file: Path, data_start: int) -> Store
     return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0])
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     # A size is below 2⁶³; `type` and not `isinstance`, since JSON's true is an int to Python.
     return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 2**63 for v in value)
 

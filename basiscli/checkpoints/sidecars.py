@@ -13,7 +13,14 @@ from basiscli.checkpoints.writer import REPORT
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".bpe", ".vocab"}
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 # Made anew, belonging to the weights, or the state of a training that the result did not have.
-_NOT = {REPORT, "config.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+_NOT = {
+    REPORT,
+    "config.json",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+}
 _MAX_BYTES = 100_000_000
 
 

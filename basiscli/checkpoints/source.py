@@ -1,4 +1,4 @@
-"""From what a user writes to a folder on disk: a path, `org/name[@revision]`, a `.safetensors`, `.bin` or `.gguf` file."""
+"""From what a user writes to what is on disk: a folder, a weights file, or a model of the Hub."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ class Source:
     def is_adapter(self) -> bool:
         """Whether this is a PEFT adapter."""
         return self.path.is_dir() and (self.path / ADAPTER_CONFIG).is_file()
+
+    @property
+    def label(self) -> str:
+        """What a stranger may know this input by: its Hub id and revision, or the name (not the path) of its folder."""
+        if self.repo_id is None:
+            return Path(self.spec).name.strip(".") or self.path.name
+        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def resolve(spec: str) -> Source:
     if match is None or spec.startswith((".", "~", "/")):
         raise InputError(
             f"no such model: {spec}",
-            remedy="give a folder, a .safetensors, .bin or .gguf file, or a Hub id such as org/name or org/name@revision",
+            remedy="give a folder, a .safetensors, .bin or .gguf file, or a Hub id like org/name@revision",
         )
     from basiscli.hub import pull
 

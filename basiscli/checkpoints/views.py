@@ -1,4 +1,4 @@
-"""Lazy named tensors over the shards of one checkpoint. Opening reads headers; data is read a tensor or some rows at a time."""
+"""Lazy named tensors over the shards of a checkpoint: opening reads headers, data comes a tensor or rows at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
 from basiscli.checkpoints.header import Header, StoredTensor, read_header
 from basiscli.checkpoints.source import Source, read_json
 from basiscli.errors import InputError
@@ -74,7 +74,7 @@ class Checkpoint:
             shape, offset = (last - first, *shape[1:]), offset + first * row_bytes
         tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype))
         if tensor.numel():
-            self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), stored, offset)
+            self._fill(raw_bytes(tensor), stored, offset)
         return tensor
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basiscli.checkpoints.dtypes import DTYPES
+from basiscli.checkpoints.dtypes import DTYPES, raw_bytes
 from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
 from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE
 from basiscli.errors import InputError, ResourceError, UsageError
@@ -122,7 +122,9 @@ class PartialOutput:
         self.resumed = 0
         """Number of pieces of work that an earlier run left finished."""
         self._places = {
-            tensor.name: (shard.file, shard.header[1][tensor.name]) for shard in layout.shards for tensor in shard.tensors
+            tensor.name: (shard.file, shard.header[1][tensor.name])
+            for shard in layout.shards
+            for tensor in shard.tensors
         }
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -138,13 +140,9 @@ class PartialOutput:
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> memoryview:
         """Write a tensor, or consecutive rows of it from `row` on, at its place; return the bytes that were written."""
-        import torch
-
-        if not tensor.numel():
-            return memoryview(b"")
-        data = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data = raw_bytes(tensor.cpu())
         file, offset = self._places[name]
-        row_bytes = len(data) // tensor.shape[0] if tensor.dim() else 0
+        row_bytes = len(data) // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 0
         _write_all(self._descriptors[file], data, offset + row * row_bytes, self.folder / file)
         return data
 
@@ -167,7 +165,9 @@ class PartialOutput:
             header = read_header(self.folder / shard.file)
             missing = {t.name for t in shard.tensors} ^ set(header.tensors)
             if missing:
-                raise InputError("the written shard is not as planned", file=self.folder / shard.file, tensor=min(missing))
+                raise InputError(
+                    "the written shard is not as planned", file=self.folder / shard.file, tensor=min(missing)
+                )
         index = self.layout.index()
         if index is not None:
             files = {**files, INDEX_FILE: (json.dumps(index, indent=2) + "\n").encode()}
@@ -220,7 +220,9 @@ class PartialOutput:
         except OSError as error:
             os.close(descriptor)
             raise UsageError(
-                "another basis process is writing this output", file=self.folder, remedy="wait for it, or choose another -o"
+                "another basis process is writing this output",
+                file=self.folder,
+                remedy="wait for it, or choose another -o",
             ) from error
         return descriptor
 
@@ -267,8 +269,6 @@ class PartialOutput:
 
 def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a small safetensors file at once (scratch results)."""
-    import torch
-
     words = {spec.torch_name: word for word, spec in DTYPES.items()}
     specs = [TensorSpec(n, words[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in tensors.items()]
     header, offsets = encode_header(specs, METADATA)
@@ -276,9 +276,7 @@ def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         os.pwrite(descriptor, header, 0)
         for name, tensor in tensors.items():
-            if tensor.numel():
-                data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-                _write_all(descriptor, data, offsets[name], file)
+            _write_all(descriptor, raw_bytes(tensor), offsets[name], file)
     finally:
         os.close(descriptor)
 

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 def merge(
-    models: Annotated[list[str], typer.Argument(help="Folders, Hub ids (org/name@revision) or LoRA adapters, in order.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, Hub ids (org/name@revision) or LoRA adapters, in order.")
+    ],
     method: Annotated[str, typer.Option("--method", "-m", help="`basis methods` lists them.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make. [default: ./merge-METHOD]", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to make. [default: ./merge-METHOD]", show_default=False),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The common base. [default: the one that all models name]")] = None,
     onto: Annotated[str | None, typer.Option(help="Continue an earlier merge by the same method.")] = None,
@@ -31,7 +34,8 @@ def merge(
     dtype: options.Dtype = None,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Accept parameters that only some models have: the base's names win.")
+        bool,
+        typer.Option("--allow-missing", help="Accept parameters that only some models have: the base's names win."),
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     plugin: options.Plugins = None,

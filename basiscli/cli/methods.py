@@ -33,7 +33,10 @@ def methods(
         for message in broken:
             out.note(f"warning: {message}", warning=True)
         rows = [[method.family, method.name, method.summary] for method in found]
-        out.result([_document(method) for method in found], lambda: out.table(["command", "method", "what it does"], rows))
+        out.result(
+            [_document(method) for method in found],
+            lambda: out.table(["command", "method", "what it does"], rows),
+        )
 
 
 @app.command()
@@ -94,7 +97,15 @@ def _show(out: Output, found: list[Method]) -> None:
         for name, field in method.parameters.model_fields.items():
             kind = getattr(field.annotation, "__name__", str(field.annotation))
             limits = ", ".join(str(limit) for limit in field.metadata)
-            rows.append([name, kind, "required" if field.is_required() else str(field.default), limits, field.description or ""])
+            rows.append(
+                [
+                    name,
+                    kind,
+                    "required" if field.is_required() else str(field.default),
+                    limits,
+                    field.description or "",
+                ]
+            )
         if rows:
             out.table(["parameter", "type", "default", "range", "meaning"], rows)
             out.line()

@@ -37,22 +37,33 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", callback=_read_config, is_eager=True, help="YAML or JSON file with defaults for these options."),
+    typer.Option(
+        "--config",
+        callback=_read_config,
+        is_eager=True,
+        help="YAML or JSON file with defaults for these options.",
+    ),
 ]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="Python file with further methods; repeatable.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_EXECUTION)]
 Dtype = Annotated[
-    str | None, typer.Option(help="Storage dtype of the result: f32, bf16, f16. [default: as stored]", show_default=False)
+    str | None,
+    typer.Option(help="Storage dtype of the result: f32, bf16, f16. [default: as stored]", show_default=False),
 ]
 ShardSize = Annotated[str, typer.Option(help="Size limit of a file.", rich_help_panel=_EXECUTION)]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Tensors worked on at a time. [default: processors]", show_default=False, rich_help_panel=_EXECUTION),
+    typer.Option(
+        help="Tensors worked on at a time. [default: processors]",
+        show_default=False,
+        rich_help_panel=_EXECUTION,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="For methods that draw random numbers.", rich_help_panel=_EXECUTION)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_EXECUTION)]
 Resume = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Go on where an interrupted run stopped.", rich_help_panel=_EXECUTION)
+    bool,
+    typer.Option("--resume/--no-resume", help="Go on where an interrupted run stopped.", rich_help_panel=_EXECUTION),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output of basis.", rich_help_panel=_EXECUTION)

@@ -51,7 +51,9 @@ class Output:
         if not sys.stdout.isatty():  # a pipe gets plain aligned text of any width
             widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
             for row in [columns, *rows]:
-                cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+                cells = (
+                    c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+                )
                 self.line("  ".join(cells).rstrip())
             return
         from rich.console import Console

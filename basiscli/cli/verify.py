@@ -31,4 +31,6 @@ def _show(out: Output, found: Verification) -> None:
     if found.checked_digests:
         out.line(f"ok: {found.tensors} tensors, every digest as {found.report} says")
     else:
-        out.line(f"ok: {found.tensors} tensors, structure only: there is no {found.report} with digests to check against")
+        out.line(
+            f"ok: {found.tensors} tensors, structure only: there is no {found.report} with digests to check against"
+        )

@@ -76,7 +76,7 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
             if model not in lacking:
                 _check_shape(tensor, reference, model)
         if lacking:
-            who = ", ".join(model.source.spec for model in lacking)
+            who = ", ".join(model.source.label for model in lacking)
             if not (is_copied or allow_missing):
                 raise InputError(
                     f"{who} lacks a parameter that {reference.source.spec} has",
@@ -84,7 +84,7 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
                     tensor=name,
                     remedy="give the complete checkpoint, or --allow-missing to count it as unchanged",
                 )
-            notes.append(f"{name} is missing in {who}: taken from {reference.source.spec}")
+            notes.append(f"{name} is missing in {who}: taken from {reference.source.label}")
         (copied if is_copied else merged).append(name)
     notes += [note for model in models for note in _notes_on_extras(reference, model, allow_missing=allow_missing)]
     return TensorSort(merged, copied, notes)
@@ -117,7 +117,7 @@ def _notes_on_extras(reference: Checkpoint, model: Model, *, allow_missing: bool
                 remedy="give models of one kind, or --allow-missing to leave it out",
             )
         _refuse_quantised(tensor, model.source.path)
-        notes.append(f"{name} is only in {model.source.spec}: left out")
+        notes.append(f"{name} is only in {model.source.label}: left out")
     return notes
 
 
@@ -158,5 +158,7 @@ def common_dtype_notes(reference: Checkpoint, models: Sequence[Model], tensors: 
     for model in models:
         others = {model.tensors[n].dtype for n in tensors if n in model.tensors} - {t.dtype for t in tensors.values()}
         if others:
-            notes.append(f"{model.source.spec} stores {', '.join(sorted(others))}: the result has {reference.source.spec}'s dtypes")
+            notes.append(
+                f"{model.source.label} stores {', '.join(sorted(others))}: the result has {reference.source.label}'s"
+            )
     return notes

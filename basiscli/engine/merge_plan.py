@@ -117,7 +117,7 @@ class MergePlan:
         stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         settings = self.settings
         facts = [
-            __version__, self.method.family, self.method.name, self.values.model_dump(mode="json"), self.weights, stamps,
+            __version__, self.method.name, self.values.model_dump(mode="json"), self.weights, stamps,
             self.adapter_rank, settings.device, settings.dtype, settings.seed, settings.allow_nonfinite,
             settings.allow_missing, [shard.header[0].hex() for shard in self.layout.shards],
             None if self.history is None else dict(self.history.numbers),
@@ -167,7 +167,9 @@ def plan_merge(
         layout = Layout.plan(specs, settings.shard_bytes, single_file=ADAPTER_FILE)
     else:
         rank = None
-        outputs = [_output(reference.tensors[n], settings.dtype if n in set(merged) else None) for n in [*merged, *copied]]
+        outputs = [
+            _output(reference.tensors[n], settings.dtype if n in set(merged) else None) for n in [*merged, *copied]
+        ]
         layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
     notes = sort.notes + common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
     plan = MergePlan(
@@ -218,7 +220,7 @@ def _find_base(given: str | None, inputs: list[Source], named_by: list[Source], 
                 raise InputError(
                     f"the adapter's base is {adapter.base_model}, not {source.repo_id}",
                     file=adapter.path,
-                    remedy=f"merge it with adapters of {source.repo_id}; if the two are the same weights, give a local path",
+                    remedy="give the base that it was trained on; a local path to the same weights is taken as it is",
                 )
         return Checkpoint.open(source)
     if not method.needs_base and not any(source.is_adapter for source in inputs):
@@ -228,7 +230,7 @@ def _find_base(given: str | None, inputs: list[Source], named_by: list[Source], 
     if silent:
         raise UsageError(
             f"{method.name} needs the base, and {', '.join(silent)} does not name one",
-            remedy="give it with --base; a model names its base in adapter_config.json or as base_model in its README.md",
+            remedy="give it with --base (or name it as base_model in their README.md)",
         )
     if len({name.lower() for name in names.values() if name}) > 1:
         listing = ", ".join(f"{spec}: {name}" for spec, name in names.items())
@@ -262,7 +264,9 @@ def _weights(
     try:
         return history, [method.onto_weight(history), *weights]
     except (ZeroDivisionError, KeyError) as error:
-        raise InputError("the earlier merge recorded nothing that can be continued", file=onto.folder / REPORT) from error
+        raise InputError(
+            "the earlier merge recorded nothing that can be continued", file=onto.folder / REPORT
+        ) from error
 
 
 def _continuation(onto: Source, method: Method) -> Continuation:
@@ -286,12 +290,15 @@ def _continuation(onto: Source, method: Method) -> Continuation:
 def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) -> tuple[list[TensorSpec], int]:
     """Return the tensors of the adapter to write; one rank for all modules, which every serving engine can load."""
     if not method.keeps_factors:
-        raise UsageError(f"{method.name} cannot write an adapter", remedy="leave out --as-adapter, or use --method ortho")
+        raise UsageError(
+            f"{method.name} cannot write an adapter", remedy="leave out --as-adapter, or use --method ortho"
+        )
     views = [model for model in models if isinstance(model, AdapterView)]
     if len(views) < len(models):
         other = next(m for m in models if m not in views)
         raise UsageError(
-            f"--as-adapter merges adapters, and {other.source.spec} is a full checkpoint", remedy="leave out --as-adapter"
+            f"--as-adapter merges adapters, and {other.source.spec} is a full checkpoint",
+            remedy="leave out --as-adapter",
         )
     for view in views:
         for name in merged:
@@ -309,7 +316,10 @@ def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method)
     for name in (name for name in merged if name in owners):
         out_features, in_features = owners[name].linear_shape(name)
         key_a, key_b = factor_keys(owners[name], name)
-        specs += [TensorSpec(key_a, dtype, (rank, in_features)), TensorSpec(key_b, dtype, (out_features, rank))]
+        specs += [
+            TensorSpec(key_a, dtype, (rank, in_features)),
+            TensorSpec(key_b, dtype, (out_features, rank)),
+        ]
     return specs, rank
 
 

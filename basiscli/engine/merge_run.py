@@ -13,7 +13,7 @@ from torch import Tensor
 
 from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.architecture import Kind, Kinds, kind_by_name, kinds
-from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.checkpoints.writer import PartialOutput, digest, write_file
@@ -61,7 +61,8 @@ class MergeRun:
                 self._pass("merging", MERGE, [*self.plan.merged, *self.plan.copied], self._merge_elements)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
-                "out of memory", remedy="fewer --workers, or --device cpu; the same command goes on where this one stopped"
+                "out of memory",
+                remedy="fewer --workers, or --device cpu; the same command goes on where this one stopped",
             ) from error
         return self.output.finished
 
@@ -100,7 +101,11 @@ class MergeRun:
         for key, entry in list(self.output.finished.items()):
             if any(digest([self.output.read_back(n)]) != d for n, d in entry.get("digests", {}).items()):
                 del self.output.finished[key]
-            elif key.startswith(f"{MERGE}:") and "scratch" in entry and not (self.output.scratch / entry["scratch"]).exists():
+            elif (
+                key.startswith(f"{MERGE}:")
+                and "scratch" in entry
+                and not (self.output.scratch / entry["scratch"]).exists()
+            ):
                 written = f"{WRITE}:{key.removeprefix(f'{MERGE}:')}"
                 if written not in self.output.finished:
                     del self.output.finished[key]
@@ -133,7 +138,11 @@ class MergeRun:
         grams = first_look.statistics()
         vectors = TaskVectors(name, self.kinds.by_name[name], shape, _TensorReader(self, name).task_vectors)
         merged, details = method.merge(vectors)
-        entry: dict[str, Any] = {"inputs": first_look.digests(), "gram": grams.tolist(), "merged": 0.0} | details
+        entry: dict[str, Any] = {
+            "inputs": first_look.digests(),
+            "gram": grams.tolist(),
+            "merged": 0.0,
+        } | details
         if merged is None:
             return entry
         entry["merged"] = inner(merged, merged)
@@ -210,7 +219,7 @@ class MergeRun:
         return [model for model in self.plan.models if isinstance(model, AdapterView)]
 
     def _scratch(self, name: str) -> Checkpoint | None:
-        """Return the merged task vector of a tensor, None where it is zero. Small, and its file is opened to be read once."""
+        """Open the merged task vector of a tensor; None where it is zero."""
         file = self.output.finished[f"{MERGE}:{name}"].get("scratch")
         return Checkpoint.open(Source("scratch", self.output.scratch / file)) if file else None
 
@@ -241,10 +250,12 @@ class _TensorReader:
         return iter([None]) if whole else row_blocks(self.shape, BLOCK_ELEMENTS)
 
     def block(self, rows: slice | None) -> tuple[Tensor | None, list[Tensor]]:
-        """Return base (if the merge has one) and models for some rows: on the device, in float32 (float64 for float64)."""
+        """Return base (if any) and models for some rows: on the device, in float32 (or float64, if any is)."""
         base = self._read(-1, self.plan.base, rows) if self.plan.base is not None else None
-        others = [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
-        return base, others
+        return base, self._others(rows, base)
+
+    def _others(self, rows: slice | None, base: Tensor | None) -> list[Tensor]:
+        return [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
 
     def base(self, rows: slice | None) -> Tensor:
         """Return some rows of the reference alone."""
@@ -258,8 +269,8 @@ class _TensorReader:
             return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
         total: Tensor | None = None
         for rows in self.blocks():
-            base, others = self.block(rows)
-            part = gram([(x - base).reshape(-1) for x in others])
+            base = self.base(rows)
+            part = gram([(x - base).reshape(-1) for x in self._others(rows, base)])
             total = part if total is None else total + part
         assert total is not None
         return total.cpu()
@@ -309,9 +320,7 @@ class _TensorReader:
 
     def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
         raw = checkpoint.read(self.name, rows)
-        if raw.numel():
-            hasher = self._hashers.setdefault(place, hashlib.sha256())
-            hasher.update(memoryview(raw.view(-1).view(torch.uint8).numpy()))
+        self._hashers.setdefault(place, hashlib.sha256()).update(raw_bytes(raw))
         values = self._convert(raw)
         if not is_finite(values):
             self._refuse_nonfinite(checkpoint)

@@ -74,7 +74,9 @@ def inner(x: Tensor | LowRank, y: Tensor | LowRank) -> float:
         core = (x.b.double().mT @ y.b.double()) * (x.a.double() @ y.a.double().mT)
         return float(core.sum())
     dense = [t.dense() if isinstance(t, LowRank) else t for t in (x, y)]
-    return float(gram([t.reshape(-1) for t in dense])[0, 1]) if x is not y else float(gram([dense[0].reshape(-1)])[0, 0])
+    return (
+        float(gram([t.reshape(-1) for t in dense])[0, 1]) if x is not y else float(gram([dense[0].reshape(-1)])[0, 0])
+    )
 
 
 def gram(vectors: list[Tensor], block: int = 1 << 16) -> Tensor:

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from basiscli.checkpoints.source import Source
 from basiscli.engine.merge_plan import MergePlan
 from basiscli.reports.schema import Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TEMPLATE = """\
----
-{{ metadata }}---
-
-# {{ title }}
-
-Merged with [basis](https://pypi.org/project/basiscli/) {{ report.versions.basiscli }} by **{{ report.method.name }}**
-{%- if parameters %} ({{ parameters }}){% endif %}.
-{% if report.method.source %}
-Method: {{ report.method.source }}.
-{% endif %}
-| | model | licence | task vector |
-|---|---|---|---|
-{% for row in rows -%}
-| {{ row.role }} | {{ row.spec }} | {{ row.license or "" }} | {{ row.norm }} |
-{% endfor %}
-{%- if report.task_vectors %}
-The merged task vector has norm {{ "%.4g"|format(report.task_vectors.merged_norm) }}
-{%- if cosine is not none %}; the inputs' task vectors have cosines between {{ "%.3f"|format(cosine[0]) }} and {{ "%.3f"|format(cosine[1]) }}{% endif %}.
-{% endif %}
-{%- for note in notes %}
-- {{ note }}
-{%- endfor %}
-
-```sh
-{{ command }}
-```
-
-Digest of the weights: `{{ report.weights_digest }}`. Every tensor's digest, norms and cosines are in `basis_report.json`.
-"""
+_TEMPLATE = files("basiscli.reports") / "templates" / "model_card.md.jinja"
 
 
 def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
@@ -61,11 +32,14 @@ def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
     parameters = ", ".join(f"{name} = {value}" for name, value in report.method.parameters.items())
     norms = report.task_vectors.norms if report.task_vectors else []
     models = [source for source in report.sources if source.role != "base"]
-    rows = [source.model_dump() | {"norm": "", "spec": source.repo_id or Path(source.spec).name} for source in report.sources]
+    rows = [
+        source.model_dump() | {"norm": "", "spec": source.repo_id or Path(source.spec).name}
+        for source in report.sources
+    ]
     for row, number in zip(rows[len(rows) - len(models) :], norms, strict=False):
         row["norm"] = f"{number:.4g}"
-    template = jinja2.Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)  # Markdown, not HTML
-    text = template.render(
+    environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
+    text = environment.from_string(_TEMPLATE.read_text()).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         title=plan.out.name,
         report=report,
@@ -81,7 +55,7 @@ def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
 def command_line(plan: MergePlan) -> str:
     """Return the command that makes this merge."""
     words = ["basis", "merge"]
-    sources = [_label(model.source) for model in plan.models]
+    sources = [model.source.label for model in plan.models]
     if plan.history is not None:
         words += [*sources[1:], "--onto", sources[0]]
     else:
@@ -91,17 +65,10 @@ def command_line(plan: MergePlan) -> str:
     weights = plan.weights[1:] if plan.history is not None else plan.weights
     if any(weight != 1.0 for weight in weights):
         words += ["--weights", ",".join(f"{weight:g}" for weight in weights)]
-    words += ["--base", _label(plan.base.source)] if plan.base else []
+    words += ["--base", plan.base.source.label] if plan.base else []
     words += ["--dtype", plan.settings.dtype.lower()] if plan.settings.dtype else []
     words += ["--as-adapter"] if plan.adapter_rank is not None else []
     return " ".join(words)
-
-
-def _label(source: Source) -> str:
-    """Return what a stranger may know an input by: its Hub id and revision, or the name (not the path) of its folder."""
-    if source.repo_id is None:
-        return Path(source.spec).name or source.spec
-    return f"{source.repo_id}@{source.revision}" if source.revision else source.repo_id
 
 
 def _base_models(plan: MergePlan) -> list[str]:

@@ -35,7 +35,11 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
     plan = run.plan
     written = {name: sha for entry in journal.values() for name, sha in entry.get("digests", {}).items()}
     specs = plan.layout.tensors
-    numbers = {"tensors": float(len(specs)), "parameters": float(sum(t.count for t in specs.values())), **run.numbers}
+    numbers = {
+        "tensors": float(len(specs)),
+        "parameters": float(sum(t.count for t in specs.values())),
+        **run.numbers,
+    }
     parameters = plan.values.model_dump(mode="json")
     return Report(
         command="merge",
@@ -186,4 +190,3 @@ def _cosines(gram: Sequence[Sequence[float]]) -> list[list[float | None]]:
 
 def _by_name(tensor: TensorSpec) -> Any:
     return natural_key(tensor.name)
-

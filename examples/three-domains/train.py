@@ -59,7 +59,10 @@ def main() -> None:
         schedule.step()
         optimizer.zero_grad()
         if step % 10 == 0 or step == args.steps - 1:
-            print(f"{args.domain} step {step} loss {loss.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{args.domain} step {step} loss {loss.item():.3f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
     model.to(torch.bfloat16)
     model.peft_config["default"].base_model_name_or_path = BASE

@@ -29,10 +29,10 @@ class OrthoParameters(Parameters):
 class Ortho(TaskVectorMerge):
     """Sequential orthogonal merging: each model adds what the models before it leave free.
 
-    For every linear weight the next task vector is cleared of what lies in the leading singular directions of the merged
-    one, and of its diagonal in the others, and then added; every other parameter is added as it is. In the end the
-    merged task vector gets the mean length of the single ones, so that nothing has to be tuned. The order of the models
-    matters. `--onto` continues exactly.
+    For every linear weight the next task vector is cleared of what lies in the leading singular directions of the
+    merged one, and of its diagonal in the others, and then added; every other parameter is added as it is. In the
+    end the merged task vector gets the mean length of the single ones, so that nothing has to be tuned. The order of
+    the models matters. `--onto` continues exactly.
 
     The paper rescales after each model. Its projection does not depend on the scale of S, so the factors telescope into
     one at the end: `W = W_base + (mean ‖Tᵢ‖ / ‖S‖) · S`.
@@ -64,4 +64,9 @@ class Ortho(TaskVectorMerge):
             count += int(norms.history.numbers["models"])
         mean = total / count
         scale = mean / norms.merged if norms.merged > 0 else 1.0
-        return {"scale": scale, "lambda": 1 / scale if scale > 0 else 1.0, "mean_norm": mean, "models": float(count)}
+        return {
+            "scale": scale,
+            "lambda": 1 / scale if scale > 0 else 1.0,
+            "mean_norm": mean,
+            "models": float(count),
+        }

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def _onto_weight(history: History) -> float:
-    return 1.0 / history.parameters["lambda"]
+    return 1.0 / float(history.parameters["lambda"])
 
 
 @transform(
