@@ -10,8 +10,8 @@ r×r block and the rest of its diagonal. On a tall S (a wide one is transposed) 
 eigenvalues of the n×n matrix SᵀS, and U = S V Σ⁻¹ is made in blocks of rows: an lm_head of 128k × 4k needs one
 4k × 4k decomposition and nothing 128k wide.
 
-What needs float64 is SᵀS and its eigenvectors, where small singular values are squared; the products with V do not
-square anything and are done in float32.
+What needs float64 is SᵀS and its eigenvectors, where small singular values are squared, and S V for the small ones,
+whose rounding the division by σ magnifies. The other products are done in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from basiscli.linalg.lowrank import LowRank
 
 _BLOCK_ELEMENTS = 1 << 22  # rows of the long side handled at a time: 16 MB in float32
+_SMALL = 0.03  # share of the largest singular value below which a direction counts as small
 _KEEP_ELEMENTS = 1 << 26  # up to this size U is kept between its two uses (256 MB), past it U is made twice
 
 
@@ -78,15 +79,17 @@ def _add_tall(merged: Tensor, update: Tensor, alpha: float) -> tuple[Tensor, int
     if sigma.numel() == 0:
         return merged + update, 0
     r = leading_count(sigma, alpha)
-    v = vectors.flip(1)[:, : sigma.numel()].to(merged.dtype)
-    v_over_sigma = v / sigma.to(v.dtype)
+    vectors = vectors.flip(1)[:, : sigma.numel()]
+    v, v_over_sigma = vectors.to(merged.dtype), vectors / sigma
+
+    large = int((sigma > _SMALL * sigma[0]).sum())
 
     # C's leading block and diagonal, summed over blocks of rows.
     keep = merged.numel() <= _KEEP_ELEMENTS
     kept: list[Tensor] = []
     leading, diagonal = v.new_zeros(r, r), v.new_zeros(sigma.numel())
     for block in blocks:
-        u, tv = merged[block] @ v_over_sigma, update[block] @ v
+        u, tv = _left_vectors(merged[block], v_over_sigma, large), update[block] @ v
         leading.addmm_(u[:, :r].mT, tv[:, :r])
         diagonal += torch.linalg.vecdot(u, tv, dim=0)
         if keep:
@@ -96,10 +99,18 @@ def _add_tall(merged: Tensor, update: Tensor, alpha: float) -> tuple[Tensor, int
     mv[:r] = leading @ v[:, :r].mT
     result = torch.empty_like(merged)
     for number, block in enumerate(blocks):
-        u = kept[number] if keep else merged[block] @ v_over_sigma
+        u = kept[number] if keep else _left_vectors(merged[block], v_over_sigma, large)
         torch.add(merged[block], update[block], out=result[block])
         result[block].addmm_(u, mv, alpha=-1.0)
     return result, r
+
+
+def _left_vectors(rows: Tensor, v_over_sigma: Tensor, large: int) -> Tensor:
+    """Return rows of U = S V Σ⁻¹; the columns past `large` belong to small singular values and need float64."""
+    u = rows @ v_over_sigma.to(rows.dtype)
+    if large < v_over_sigma.shape[1]:
+        u[:, large:] = (rows.double() @ v_over_sigma[:, large:]).to(rows.dtype)
+    return u
 
 
 def _add_low_rank(merged: LowRank, update: LowRank, alpha: float) -> tuple[LowRank, int]:

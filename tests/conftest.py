@@ -1,0 +1,130 @@
+"""What the tests share: small checkpoints made on the spot, and ways to run the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from basiscli.cli import app
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test's conversions, and everything it might ask the Hub for, to itself."""
+    monkeypatch.setenv("BASIS_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def make_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensors:
+    """Return the tensors of a tiny Llama-like model with every kind of shape a merge must handle."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    return {
+        "model.embed_tokens.weight": normal(50, 24),
+        "model.layers.0.self_attn.q_proj.weight": normal(24, 24),
+        "model.layers.0.self_attn.q_proj.bias": normal(24),
+        "model.layers.0.mlp.up_proj.weight": normal(40, 24),
+        "model.layers.0.mlp.down_proj.weight": normal(24, 40),
+        "model.layers.0.input_layernorm.weight": normal(24),
+        "model.layers.10.conv.weight": normal(8, 4, 3),
+        "model.layers.2.empty.weight": normal(0, 24),
+        "model.scalar": normal(),
+        "model.norm.weight": normal(24),
+    }
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    shards: int = 1,
+    *,
+    card: str | None = None,
+) -> Path:
+    """Write a checkpoint as other tools do, with the safetensors library; shards get their tensors in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config or LLAMA)))
+    (folder / "tokenizer.json").write_text("{}")
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file({name: tensors[name].contiguous() for name in names}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    where = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name].contiguous() for name in names[shard::shards]}
+        save_file(part, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def read_checkpoint(folder: Path) -> Tensors:
+    """Read a checkpoint with the safetensors library, following its index."""
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def add(base: Mapping[str, Tensor], delta: Mapping[str, Tensor], factor: float = 0.05) -> Tensors:
+    """Return a fine-tune: base plus a small change, in the base's dtypes."""
+    return {name: (t.float() + factor * delta[name].float()).to(t.dtype) for name, t in base.items()}
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Path]:
+    """Return a base and three fine-tunes on disk, as folders `base`, `a`, `b` and `c`."""
+    base = make_tensors(0)
+    folders = {"base": write_checkpoint(tmp_path / "base", base)}
+    for seed, name in enumerate("abc", start=1):
+        folders[name] = write_checkpoint(tmp_path / name, add(base, make_tensors(seed)))
+    return folders
+
+
+@pytest.fixture
+def basis() -> Callable[..., Result]:
+    """Return a function that runs the command line in this process."""
+    runner = CliRunner()
+
+    def run(*words: str | Path) -> Result:
+        return runner.invoke(app, [str(word) for word in words])
+
+    return run
+
+
+def basis_process(*words: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "basiscli", *map(str, words)],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def snapshot(*folders: Path) -> dict[str, bytes]:
+    """Return every file under some folders, to see that nothing touched them."""
+    return {str(f): f.read_bytes() for folder in folders for f in sorted(folder.rglob("*")) if f.is_file()}
