@@ -1,8 +1,8 @@
 """`ortho`'s projection against the paper's steps with full SVDs: `python benchmarks/ortho_steps.py`.
 
-The matrices of SmolLM2-135M's layers (576 wide), three models. The reference decomposes with full m×m and n×n factors and
-multiplies them out, as published; torch gives it all processors. Ours runs as the engine runs it: single-threaded
-tasks side by side. Both see the same matrices in one run; the least time of each counts.
+The matrices of SmolLM2-135M's layers (576 wide), three models. The reference decomposes with full m×m and n×n factors
+and multiplies them out, as published; torch gives it all processors. Ours runs as the engine runs it:
+single-threaded tasks side by side. Both see the same matrices in one run; the least time of each counts.
 """
 
 from __future__ import annotations

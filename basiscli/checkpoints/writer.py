@@ -146,10 +146,10 @@ class PartialOutput:
         _write_all(self._descriptors[file], data, offset + row * row_bytes, self.folder / file)
         return data
 
-    def read_back(self, name: str) -> bytes:
-        """Return the bytes of a finished tensor."""
-        file, offset = self._places[name]
-        return os.pread(self._descriptors[file], self.layout.tensors[name].nbytes, offset)
+    def digest_on_disk(self, name: str) -> str:
+        """Return the digest of a tensor's bytes as they are in the file."""
+        spec, (file, offset) = self.layout.tensors[name], self._places[name]
+        return stored_digest(StoredTensor(name, spec.dtype, spec.shape, self.folder / file, offset))
 
     def record(self, key: str, entry: dict[str, Any]) -> None:
         """Note in the journal that a piece of work is finished."""
@@ -267,18 +267,28 @@ class PartialOutput:
         os.write(self._journal, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
 
 
-def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a small safetensors file at once (scratch results)."""
+def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write a small safetensors file at once (scratch results); return the digest of its bytes."""
     words = {spec.torch_name: word for word, spec in DTYPES.items()}
     specs = [TensorSpec(n, words[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in tensors.items()]
     header, offsets = encode_header(specs, METADATA)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        os.pwrite(descriptor, header, 0)
+        _write_all(descriptor, memoryview(header), 0, file)
         for name, tensor in tensors.items():
             _write_all(descriptor, raw_bytes(tensor), offsets[name], file)
     finally:
         os.close(descriptor)
+    return digest([header, *(raw_bytes(tensor) for tensor in tensors.values())])
+
+
+def file_digest(file: Path) -> str | None:
+    """Return the digest of a file's bytes, None if there is no such file."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def digest(chunks: Iterable[bytes | memoryview]) -> str:

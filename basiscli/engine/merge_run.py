@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from basiscli.checkpoints.architecture import Kind, Kinds, kind_by_name, kinds
 from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint, row_blocks
-from basiscli.checkpoints.writer import PartialOutput, digest, write_file
+from basiscli.checkpoints.writer import PartialOutput, digest, file_digest, write_file
 from basiscli.engine.compatibility import Model
 from basiscli.engine.local import Progress, Task, run_tasks
 from basiscli.engine.merge_plan import BLOCK_ELEMENTS, MergePlan, factor_keys, workspace
@@ -36,10 +37,12 @@ class MergeRun:
     progress: Progress
     device: torch.device = field(init=False)
     kinds: Kinds = field(init=False)
+    copied: frozenset[str] = field(init=False)
     numbers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.device = choose_device(self.plan.settings.device)
+        self.copied = frozenset(self.plan.copied)
         tensors = self.plan.reference.tensors
         if self.plan.two_passes:  # only these methods tell linear weights from others
             self.kinds = kinds(self.plan.reference, tensors)
@@ -98,23 +101,21 @@ class MergeRun:
 
     def _forget_damaged(self) -> None:
         """Drop what the journal says is finished but whose bytes did not reach the disk (a machine that lost power)."""
-        for key, entry in list(self.output.finished.items()):
-            if any(digest([self.output.read_back(n)]) != d for n, d in entry.get("digests", {}).items()):
-                del self.output.finished[key]
-            elif (
-                key.startswith(f"{MERGE}:")
-                and "scratch" in entry
-                and not (self.output.scratch / entry["scratch"]).exists()
-            ):
-                written = f"{WRITE}:{key.removeprefix(f'{MERGE}:')}"
-                if written not in self.output.finished:
-                    del self.output.finished[key]
+        finished = self.output.finished
+        for key, entry in list(finished.items()):
+            if any(self.output.digest_on_disk(name) != sha256 for name, sha256 in entry.get("digests", {}).items()):
+                del finished[key]
+        for key, entry in list(finished.items()):
+            stage, _, name = key.partition(":")
+            needed = stage == MERGE and "scratch" in entry and f"{WRITE}:{name}" not in finished
+            if needed and file_digest(self.output.scratch / entry["scratch"]) != entry["scratch_digest"]:
+                del finished[key]
 
     # One tensor -------------------------------------------------------------------------------------------------------
 
     def _merge_elements(self, name: str) -> dict[str, Any]:
         """Merge one tensor with a function transform, a block of rows at a time where the method allows."""
-        if name in set(self.plan.copied):
+        if name in self.copied:
             return self._copy(name)
         plan, read = self.plan, _TensorReader(self, name)
         hasher = hashlib.sha256()
@@ -148,43 +149,46 @@ class MergeRun:
         entry["merged"] = inner(merged, merged)
         entry["scratch"] = f"{digest([name.encode()])[:32]}.safetensors"
         parts = {"b": merged.b, "a": merged.a} if isinstance(merged, LowRank) else {"dense": merged}
-        write_file(self.output.scratch / entry["scratch"], {key: part.cpu() for key, part in parts.items()})
+        file = self.output.scratch / entry["scratch"]
+        entry["scratch_digest"] = write_file(file, {key: part.cpu() for key, part in parts.items()})
         return entry
 
     def _write_sum(self, name: str) -> dict[str, Any]:
         """Write base + scale · S for one tensor."""
-        if name in set(self.plan.copied):
+        if name in self.copied:
             return self._copy(name)
-        scratch = self._scratch(name)
-        if scratch is None and self.plan.layout.tensors[name].dtype == self.plan.reference.tensors[name].dtype:
-            return self._copy(name)
-        shape = self.plan.reference.tensors[name].shape
-        low_rank = _read_low_rank(scratch, shape).to(self.device) if scratch and "a" in scratch.tensors else None
+        reference = self.plan.reference.tensors[name]
         hasher, read = hashlib.sha256(), _TensorReader(self, name)
-        for rows in read.blocks():
-            total = read.base(rows)  # checked and digested: a merge of adapters has not read it before
-            if low_rank is not None:
-                total = total + low_rank.dense(rows) * self.numbers["scale"]
-            elif scratch is not None:
-                total = total + scratch.read("dense", rows).to(self.device) * self.numbers["scale"]
-            hasher.update(self._write(name, total, rows))
+        with self._scratch(name) as scratch:
+            if scratch is None and self.plan.layout.tensors[name].dtype == reference.dtype:
+                return self._copy(name)
+            low_rank = None
+            if scratch is not None and "a" in scratch.tensors:
+                low_rank = _read_low_rank(scratch, reference.shape).to(self.device)
+            for rows in read.blocks():
+                total = read.base(rows)  # checked and digested: a merge of adapters has not read it before
+                if low_rank is not None:
+                    total = total + low_rank.dense(rows) * self.numbers["scale"]
+                elif scratch is not None:
+                    total = total + scratch.read("dense", rows).to(self.device) * self.numbers["scale"]
+                hasher.update(self._write(name, total, rows))
         return {"digests": {name: hasher.hexdigest()}, "inputs": read.digests()}
 
     def _write_factors(self, name: str) -> dict[str, Any]:
         """Write scale · S of one weight as the two factors of a LoRA adapter, balanced: B = U √σ, A = √σ Vᵀ."""
-        scratch, rank = self._scratch(name), self.plan.adapter_rank or 0
         view = next(view for view in self._views() if name in view.modules)
         key_a, key_b = factor_keys(view, name)
         specs = self.plan.layout.tensors
         a, b = torch.zeros(specs[key_a].shape), torch.zeros(specs[key_b].shape)
-        if scratch is not None:
-            shape = self.plan.reference.tensors[name].shape
-            u, sigma, vh = _read_low_rank(scratch, shape).scaled(self.numbers["scale"]).to(self.device).svd()
-            if view.is_transposed(name):
-                u, vh = vh.mT, u.mT
-            kept = min(rank, sigma.numel())
-            root = sigma[:kept].sqrt()
-            b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * vh[:kept]
+        with self._scratch(name) as scratch:
+            if scratch is not None:
+                shape = self.plan.reference.tensors[name].shape
+                u, sigma, vh = _read_low_rank(scratch, shape).scaled(self.numbers["scale"]).to(self.device).svd()
+                if view.is_transposed(name):
+                    u, vh = vh.mT, u.mT
+                kept = min(len(a), sigma.numel())
+                root = sigma[:kept].sqrt()
+                b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * vh[:kept]
         digests = {key: digest([self._write(key, part, None)]) for key, part in ((key_a, a), (key_b, b))}
         return {"digests": digests}
 
@@ -218,10 +222,15 @@ class MergeRun:
     def _views(self) -> list[AdapterView]:
         return [model for model in self.plan.models if isinstance(model, AdapterView)]
 
-    def _scratch(self, name: str) -> Checkpoint | None:
+    @contextmanager
+    def _scratch(self, name: str) -> Iterator[Checkpoint | None]:
         """Open the merged task vector of a tensor; None where it is zero."""
         file = self.output.finished[f"{MERGE}:{name}"].get("scratch")
-        return Checkpoint.open(Source("scratch", self.output.scratch / file)) if file else None
+        if not file:
+            yield None
+            return
+        with closing(Checkpoint.open(Source("scratch", self.output.scratch / file))) as scratch:
+            yield scratch
 
     def _record(self, key: str, entry: dict[str, Any]) -> None:
         """Journal a finished piece of work; only then may its scratch go."""

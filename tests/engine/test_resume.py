@@ -196,3 +196,23 @@ def test_scratch_goes_as_soon_as_its_tensor_is_written(
     basiscli.merge([family["a"]], method="ortho", base=family["base"], output=tmp_path / "out", workers=1)
     assert left == sorted(left, reverse=True)
     assert left[0] > left[-1]
+
+
+def test_scratch_that_did_not_reach_the_disk_is_made_again(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": "ortho", "base": family["base"], "workers": 1}
+    whole = basiscli.merge([family["a"], family["b"]], output=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeRun, "_write_sum", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            basiscli.merge([family["a"], family["b"]], output=tmp_path / "out", **options)
+    first, second, *_ = sorted((tmp_path / "out.partial" / "scratch").iterdir())
+    first.write_bytes(bytes(first.stat().st_size))
+    second.unlink()
+    result = basiscli.merge([family["a"], family["b"]], output=tmp_path / "out", **options)
+    assert result.report.weights_digest == whole.report.weights_digest
+
+
+def interrupted(self: MergeRun, name: str) -> dict[str, object]:
+    raise KeyboardInterrupt
