@@ -130,13 +130,36 @@ def model_folder(name: str) -> Path:
 
 def measure(folder: str | Path) -> dict[str, float]:
     """Return a MiniLM's mean cosine of the SRE pairs, and how much lower it scores a summary with the wrong skills."""
+    embed = Encoder(folder)
     left, right = zip(*SRE_PAIRS, strict=True)
-    pairs = embed(folder, left) @ embed(folder, right).mT
-    positions = embed(folder, [_position(role) for role in _ROLES])
-    fitting = positions @ embed(folder, [_summary(role, _ROLES[role][1]) for role in _ROLES]).mT
-    unfitting = positions @ embed(folder, [_summary(role, _OTHER_SKILLS) for role in _ROLES]).mT
-    gap = fitting.diagonal().mean() - unfitting.diagonal().mean()
-    return {SRE: float(pairs.diagonal().mean()), SKILLS: float(gap)}
+    similarity = (embed(left) * embed(right)).sum(1).mean()
+    positions = embed([_position(role) for role in _ROLES])
+    fitting = embed([_summary(role, _ROLES[role][1]) for role in _ROLES])
+    unfitting = embed([_summary(role, _OTHER_SKILLS) for role in _ROLES])
+    gap = (positions * fitting).sum(1).mean() - (positions * unfitting).sum(1).mean()
+    return {SRE: float(similarity), SKILLS: float(gap)}
+
+
+class Encoder:
+    """Sentence embeddings of unit length: the mean of the last hidden states, as these models are trained."""
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModel.from_pretrained(folder).eval()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return one row a text."""
+        import torch
+
+        batch = self._tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = self._model(**batch).last_hidden_state
+        mask = batch["attention_mask"][:, :, None]
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
 def _position(role: str) -> str:
@@ -148,17 +171,3 @@ def _position(role: str) -> str:
 def _summary(role: str, skills: str) -> str:
     background = f"Experienced professional with background in {role.lower()}"
     return f"PROFESSIONAL SUMMARY\n{background}\n\nEXPERIENCE\n• {_ROLES[role][3]}\n\nSKILLS\n{skills}\n"
-
-
-def embed(folder: str | Path, texts: Sequence[str]) -> Tensor:
-    """Return sentence embeddings of unit length: the mean of the last hidden states, as these models are trained."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder).eval()
-    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
-    with torch.inference_mode():
-        hidden = model(**batch).last_hidden_state
-    mask = batch["attention_mask"][:, :, None]
-    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
