@@ -21,8 +21,9 @@ _UNITS = {
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key under which `layers.2` comes before `layers.10`."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+    # Numbers compare by their length and then as text: a hostile name's may be longer than Python reads.
+    parts = ((part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
+    return tuple((0, len(digits), digits) if part.isdecimal() else (1, 0, part) for part, digits in parts)
 
 
 def parse_size(text: str) -> int:
@@ -30,7 +31,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     try:
         size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise UsageError(f"not a size: '{text}'", remedy="for example 5GB or 500MB")

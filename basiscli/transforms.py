@@ -45,7 +45,7 @@ Target = TypeVar("Target")
 class Parameters(BaseModel):
     """Parameters of a method: unknown names and values out of range are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,14 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import adapter_config, sidecar_files
     from basiscli.checkpoints.writer import REPORT, PartialOutput
-    from basiscli.engine.merge_run import MergeRun
+    from basiscli.engine.merge_run import MergeRun, choose_device
     from basiscli.reports.card import model_card
     from basiscli.reports.merge_report import build_report
 
+    device = choose_device(plan.settings.device)
     output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
     try:
-        run = MergeRun(plan, output, progress)
+        run = MergeRun(plan, output, progress, device)
         merging = time.monotonic()
         journal = run.run()
         now = time.monotonic()

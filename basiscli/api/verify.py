@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import REPORT, stored_digest, weights_digest
+from basiscli.checkpoints.writer import REPORT
 from basiscli.engine.local import Progress, Silent
 from basiscli.errors import InputError
 from basiscli.reports.schema import Report, read_report

@@ -79,7 +79,9 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise InputError("not a table of tensors", file=file, remedy="ask its author for safetensors")
     return state
 
@@ -88,18 +90,27 @@ def _foreign_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix in {".bin", ".pt", ".pth", ".gguf"}:
             return [path]
-        raise InputError("not a .safetensors, .bin, .pt or .gguf file", file=path)
+        raise InputError("not a .safetensors, .bin, .pt or .gguf file", file=path, remedy="give one of these")
     weight_map = read_json(path / _PICKLE_INDEX).get("weight_map", {})
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    for name in names:
+    named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    for name in named:
         if not isinstance(name, str) or name != Path(name).name or not (path / name).is_file():
-            raise InputError(f"the index names '{name}', which is no file of this folder", file=path / _PICKLE_INDEX)
+            raise InputError(
+                f"the index names '{name}', which is no file of this folder",
+                file=path / _PICKLE_INDEX,
+                remedy="download or save the checkpoint again",
+            )
+    names = sorted(set(named))
     for pattern in ("pytorch_model.bin", "adapter_model.bin", "*.gguf"):
         names = names or sorted(file.name for file in path.glob(pattern))
         if pattern == "*.gguf" and len(names) > 1:
             raise InputError("several .gguf files", file=path, remedy="give the path of one of them")
     if not names:
-        raise InputError("no weights here: no .safetensors, pytorch_model.bin or .gguf", file=path)
+        raise InputError(
+            "no weights here: no .safetensors, pytorch_model.bin or .gguf",
+            file=path,
+            remedy="give the folder of a checkpoint or an adapter",
+        )
     return [path / name for name in names]
 
 

@@ -10,6 +10,7 @@ instead of an error that names it.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,12 @@ def read_header(file: Path) -> Header:
                 )
             raw = stream.read(length)
     except OSError as error:
-        raise InputError(f"cannot read: {error.strerror or error}", file=file) from error
+        raise InputError(
+            f"cannot read: {error.strerror or error}", file=file, remedy="check that the file is there and readable"
+        ) from error
     entries = _parse_json(raw, file)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(_is_text(word) for pair in metadata.items() for word in pair):
         raise InputError("the header's metadata is not a table of strings", file=file, remedy=_REFETCH)
     data_start = 8 + length
     tensors = {name: _parse_entry(name, entry, file, data_start) for name, entry in entries.items()}
@@ -117,9 +120,11 @@ def encode_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) ->
 
 def _parse_json(raw: bytes, file: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise ValueError("a name appears twice")
+        table: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in table:
+                raise ValueError(f"the name {name[:200]!r} appears twice")
+            table[name] = value
         return table
 
     try:
@@ -146,10 +151,17 @@ def _parse_entry(name: str, entry: object, file: Path, data_start: int) -> Store
         raise lie("its shape is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise lie("its data_offsets are not a begin and an end")
+    if math.prod(shape) * DTYPES[dtype].bits % 8:
+        raise lie(f"{math.prod(shape)} elements of {dtype} do not fill whole bytes")
     needed = tensor_bytes(dtype, tuple(shape))
     if needed != offsets[1] - offsets[0]:
         raise lie(f"dtype and shape need {needed} bytes, data_offsets give {offsets[1] - offsets[0]}")
     return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0])
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is a string that UTF-8 can hold, which half a surrogate pair is not."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -79,7 +79,11 @@ def _sentence_transformers_folders(folder: Path) -> list[Path]:
         names = [str(module["path"]) for module in modules if module.get("path")]
     except (ValueError, TypeError, KeyError, AttributeError):
         return []
-    return [folder / name for name in names if name == Path(name).name and (folder / name).is_dir()]
+    return [
+        folder / name
+        for name in names
+        if name not in {"", ".", ".."} and name == Path(name).name and (folder / name).is_dir()
+    ]
 
 
 def _config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

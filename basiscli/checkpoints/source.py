@@ -62,7 +62,7 @@ class Source:
 
         try:
             card = yaml.safe_load(match[1])
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             return {}  # a card is prose; a broken one is no reason to refuse the weights
         return card if isinstance(card, dict) else {}
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_AGAIN = "download the checkpoint again, or save it again"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 
@@ -88,12 +89,18 @@ class Checkpoint:
         with self._lock:
             descriptor = self._descriptors.get(stored.file)
             if descriptor is None:
-                descriptor = self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+                try:
+                    descriptor = self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+                except OSError as error:
+                    raise _unreadable(stored, f"cannot read: {error.strerror or error}") from error
         position = 0
         while position < len(buffer):
-            got = os.preadv(descriptor, [buffer[position:]], offset + position)
+            try:
+                got = os.preadv(descriptor, [buffer[position:]], offset + position)
+            except OSError as error:
+                raise _unreadable(stored, f"cannot read: {error.strerror or error}") from error
             if got == 0:
-                raise InputError("the file became shorter while it was read", file=stored.file, tensor=stored.name)
+                raise _unreadable(stored, "the file became shorter while it was read")
             position += got
 
 
@@ -108,6 +115,10 @@ def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice | None]:
     step = max(1, elements * shape[0] // math.prod(shape))
     for begin in range(0, shape[0], step):
         yield slice(begin, min(begin + step, shape[0]))
+
+
+def _unreadable(stored: StoredTensor, what: str) -> InputError:
+    return InputError(what, file=stored.file, tensor=stored.name, remedy=_AGAIN)
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -125,9 +136,7 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
         total = int(shards[0]["total"])
         missing = sorted(set(range(1, total + 1)) - {int(match["number"]) for match in shards})
         if missing:
-            raise InputError(
-                f"shard {missing[0]} of {total} is missing", file=path, remedy="download the checkpoint again"
-            )
+            raise InputError(f"shard {missing[0]} of {total} is missing", file=path, remedy=_AGAIN)
         return files, {}
     if len(files) > 1:
         raise InputError(
@@ -141,16 +150,18 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
 def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError("the index has no weight_map from tensor names to files", file=index)
+        raise InputError("the index has no weight_map from tensor names to files", file=index, remedy=_AGAIN)
     for shard in sorted(set(weight_map.values())):
         # A name that leaves the folder would make us read (and report on) any file of the machine.
         if shard != Path(shard).name or shard in {"", ".", ".."} or not shard.endswith(".safetensors"):
-            raise InputError(f"the index names '{shard}', which is no safetensors file of this folder", file=index)
+            raise InputError(
+                f"the index names '{shard}', which is no safetensors file of this folder", file=index, remedy=_AGAIN
+            )
         if not (index.parent / shard).is_file():
             raise InputError(
                 f"the index names {shard}, and that file is missing",
                 file=index,
-                remedy="download the checkpoint again",
+                remedy=_AGAIN,
             )
     where = {name: index.parent / shard for name, shard in weight_map.items()}
     return sorted(set(where.values())), where
@@ -163,9 +174,13 @@ def _collect(headers: dict[Path, Header], where: dict[str, Path]) -> dict[str, S
             if where.get(name, file) != file:
                 continue  # the index says that another shard's copy counts
             if name in tensors:
-                raise InputError(f"the tensor is also in {tensors[name].file.name}", file=file, tensor=name)
+                raise InputError(
+                    f"the tensor is also in {tensors[name].file.name}", file=file, tensor=name, remedy=_AGAIN
+                )
             tensors[name] = tensor
     for name, file in where.items():
         if name not in tensors:
-            raise InputError("the index says the tensor is in this file, and it is not", file=file, tensor=name)
+            raise InputError(
+                "the index says the tensor is in this file, and it is not", file=file, tensor=name, remedy=_AGAIN
+            )
     return tensors

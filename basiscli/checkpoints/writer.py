@@ -7,102 +7,40 @@ journal records each finished tensor with its digest. Renaming the folder to `OU
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basiscli.checkpoints.digests import digest, stored_digest
 from basiscli.checkpoints.dtypes import DTYPES, raw_bytes
 from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
-from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE
+from basiscli.checkpoints.layout import METADATA, Layout
+from basiscli.checkpoints.views import INDEX_FILE
 from basiscli.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-METADATA = {"format": "pt"}
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
 REPORT = "basis_report.json"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of the output and the tensors in it, in the file's order."""
-
-    file: str
-    tensors: tuple[TensorSpec, ...]
-
-    @cached_property
-    def header(self) -> tuple[bytes, dict[str, int]]:
-        """The header's bytes and each tensor's offset in the file."""
-        return encode_header(self.tensors, METADATA)
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the file."""
-        return len(self.header[0]) + sum(tensor.nbytes for tensor in self.tensors)
+def partial_folder(out: Path) -> Path:
+    """Return where an output is while it is being written."""
+    return out.with_name(f"{out.name}.partial")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """All shards of an output."""
-
-    shards: tuple[Shard, ...]
-
-    @classmethod
-    def plan(cls, tensors: Iterable[TensorSpec], shard_bytes: int, single_file: str | None = None) -> Layout:
-        """Distribute tensors over shards of at most `shard_bytes` (a larger tensor gets a shard of its own).
-
-        Args:
-            tensors: in the order in which they shall be stored.
-            shard_bytes: size limit of a shard.
-            single_file: put everything in one file of this name, whatever its size (adapters).
-        """
-        groups: list[list[TensorSpec]] = [[]]
-        room = shard_bytes
-        for tensor in tensors:
-            if groups[-1] and tensor.nbytes > room and single_file is None:
-                groups.append([])
-                room = shard_bytes
-            groups[-1].append(tensor)
-            room -= tensor.nbytes
-        total = len(groups)
-        names = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-        if total == 1:
-            names = [single_file or SINGLE_FILE]
-        # Wider dtypes first within a file: every tensor then begins at a multiple of its element's size.
-        return cls(
-            tuple(
-                Shard(name, tuple(sorted(group, key=lambda t: -_element_bits(t))))
-                for name, group in zip(names, groups, strict=True)
-            )
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(shard.nbytes for shard in self.shards)
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorSpec]:
-        """All tensors by name."""
-        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
-
-    def index(self) -> dict[str, Any] | None:
-        """Return the content of the index file; None for a single file, which has none."""
-        if len(self.shards) == 1:
-            return None
-        where = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
-        data_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        return {"metadata": {"total_size": data_bytes}, "weight_map": dict(sorted(where.items()))}
+def replaced_folder(out: Path) -> Path:
+    """Return where an earlier output is while a new one takes its name."""
+    return out.with_name(f"{out.name}.replaced")
 
 
 class PartialOutput:
@@ -116,7 +54,7 @@ class PartialOutput:
             ResourceError: if the disk cannot hold it.
         """
         self.out, self.layout = out, layout
-        self.folder = out.with_name(f"{out.name}.partial")
+        self.folder = partial_folder(out)
         self.scratch = self.folder / SCRATCH
         self.finished: dict[str, dict[str, Any]] = {}
         self.resumed = 0
@@ -153,10 +91,15 @@ class PartialOutput:
 
     def record(self, key: str, entry: dict[str, Any]) -> None:
         """Note in the journal that a piece of work is finished."""
-        line = json.dumps({"key": key, **entry}) + "\n"
+        line = (json.dumps({"key": key, **entry}) + "\n").encode()
         with self._lock:
-            # One write of one line: a killed process leaves whole lines and at most one broken last one.
-            os.write(self._journal, line.encode())
+            try:
+                # One write of one line: a killed process leaves whole lines and at most one broken last one.
+                written = os.write(self._journal, line)
+            except OSError as error:
+                raise _disk_error(error, self.folder / JOURNAL) from error
+            if written < len(line):
+                raise _disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self.folder / JOURNAL)
             self.finished[key] = entry
 
     def commit(self, files: Mapping[str, bytes], *, overwrite: bool) -> None:
@@ -201,12 +144,13 @@ class PartialOutput:
         self._journal = os.open(os.devnull, os.O_WRONLY)
 
     def _take_the_name(self, overwrite: bool) -> None:
-        old = self.out.with_name(f"{self.out.name}.replaced")
+        old = replaced_folder(self.out)
         if overwrite and self.out.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         self.folder.rename(self.out)
-        _sync(self.out.parent)
+        with suppress(OSError):  # the output is there; whether its name outlives a power cut is the disk's business
+            _sync(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _lock_journal(self) -> int:
@@ -282,47 +226,6 @@ def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     return digest([header, *(raw_bytes(tensor) for tensor in tensors.values())])
 
 
-def file_digest(file: Path) -> str | None:
-    """Return the digest of a file's bytes, None if there is no such file."""
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
-
-
-def digest(chunks: Iterable[bytes | memoryview]) -> str:
-    """Return the SHA-256 of some bytes, in hexadecimal."""
-    state = hashlib.sha256()
-    for chunk in chunks:
-        state.update(chunk)
-    return state.hexdigest()
-
-
-def stored_digest(tensor: StoredTensor, block: int = 1 << 22) -> str:
-    """Return the SHA-256 of a stored tensor's bytes, read a block at a time.
-
-    Raises:
-        InputError: if the file ends before the tensor does.
-    """
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.offset)
-        state, left = hashlib.sha256(), tensor.nbytes
-        while left:
-            chunk = stream.read(min(block, left))
-            if not chunk:
-                raise InputError("the file ends before the tensor does", file=tensor.file, tensor=tensor.name)
-            state.update(chunk)
-            left -= len(chunk)
-    return state.hexdigest()
-
-
-def weights_digest(tensors: Iterable[TensorSpec], sha256: Mapping[str, str]) -> str:
-    """Return the digest of a set of tensors; see `Report.weights_digest`."""
-    lines = (f"{t.name} {t.dtype} {list(t.shape)} {sha256[t.name]}\n" for t in sorted(tensors, key=lambda t: t.name))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _write_all(descriptor: int, data: memoryview, offset: int, file: Path) -> None:
     position = 0
     while position < len(data):
@@ -346,7 +249,3 @@ def _disk_error(error: OSError, path: Path) -> ResourceError:
         file=path,
         remedy="free some space or choose another -o; the same command goes on where this one stopped",
     )
-
-
-def _element_bits(tensor: TensorSpec) -> int:
-    return DTYPES[tensor.dtype].bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,7 @@ def merge(
         for note in result.report.notes[len(plan.notes) :]:
             out.note(f"warning: {note}", warning=True)
         out.note(_summary(result.report))
-        document = {"output": str(result.path)} | result.report.model_dump(mode="json", exclude={"tensors"})
+        document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
         out.result(document, lambda: out.line(str(result.path)))
 
 

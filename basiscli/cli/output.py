@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 _ISSUES = "please report it with the command and the text above at the project's issue tracker"
 
 
+def printable(text: str) -> str:
+    """Return text with everything but printable characters and line breaks escaped.
+
+    Names and messages come from files that a stranger made; none may send escape sequences to the terminal.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class Output:
     """What a command shows."""
 
@@ -33,18 +41,18 @@ class Output:
     def result(self, document: Any, text: Callable[[], None]) -> None:
         """Show a result: the JSON document, or what `text` prints."""
         if self.as_json:
-            print(json.dumps(document, indent=2, ensure_ascii=False))  # noqa: T201
+            print(json.dumps(document, indent=2))  # noqa: T201
         else:
             text()
 
     def line(self, text: str = "") -> None:
         """Print a line of the result."""
-        print(text)  # noqa: T201
+        print(printable(text))  # noqa: T201
 
     def note(self, text: str, *, warning: bool = False) -> None:
         """Print a remark on stderr."""
         if not self.quiet:
-            typer.secho(text, err=True, fg="yellow" if warning else None)
+            typer.secho(printable(text), err=True, fg="yellow" if warning else None)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
         """Print a table of the result; `right` lists the columns of numbers."""
@@ -63,7 +71,7 @@ class Output:
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         Console().print(table)
 
     def progress(self) -> Progress:
@@ -126,8 +134,8 @@ def errors_shown(*, as_json: bool) -> Iterator[None]:
         yield
     except BasisError as error:
         if as_json:
-            print(json.dumps(error.as_dict(), indent=2, ensure_ascii=False))  # noqa: T201
-        typer.secho(f"error: {error}", err=True, fg="red")
+            print(json.dumps(error.as_dict(), indent=2))  # noqa: T201
+        typer.secho(printable(f"error: {error}"), err=True, fg="red")
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt:
         typer.secho("interrupted: the same command goes on where this one stopped", err=True)

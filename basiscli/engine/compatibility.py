@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from basiscli.checkpoints.adapter import AdapterView
-from basiscli.checkpoints.architecture import is_buffer, is_quantised_name, tied_pair
+from basiscli.checkpoints.architecture import Kind, is_buffer, is_quantised_name, kind_by_name, tied_pair
+from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import DTYPES, is_quantised
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import stored_digest
 from basiscli.errors import InputError
 
 Model = Checkpoint | AdapterView
@@ -126,7 +126,8 @@ def _check_shape(tensor: TensorSpec, reference: Checkpoint, model: Model) -> Non
     _refuse_quantised(other, model.source.path)
     if other.shape == tensor.shape:
         return
-    rows_only = len(other.shape) == len(tensor.shape) == 2 and other.shape[1] == tensor.shape[1]
+    has_vocabulary = kind_by_name(tensor) is Kind.EMBEDDING or ".lm_head." in f".{tensor.name}"
+    rows_only = has_vocabulary and other.shape[1:] == tensor.shape[1:]
     raise InputError(
         f"shapes differ: {list(other.shape)} in {model.source.spec}, {list(tensor.shape)} in {reference.source.spec}",
         file=model.source.path,

@@ -15,14 +15,15 @@ from pydantic import BaseModel
 from basiscli.checkpoints.adapter import Adapter, AdapterView
 from basiscli.checkpoints.dtypes import tensor_bytes
 from basiscli.checkpoints.header import TensorSpec
-from basiscli.checkpoints.source import Source, resolve, resolve_base
+from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.source import Source, resolve
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import REPORT, Layout
+from basiscli.checkpoints.writer import partial_folder
 from basiscli.engine.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
 from basiscli.engine.local import default_workers, peak_workspace
+from basiscli.engine.merge_inputs import find_base, merge_weights, output_place
 from basiscli.errors import InputError, ResourceError, UsageError
 from basiscli.names import natural_key
-from basiscli.reports.schema import Continuation, read_report
 from basiscli.transforms import History, Method
 from basiscli.version import __version__
 
@@ -152,9 +153,9 @@ def plan_merge(
         raise UsageError("nothing to merge", remedy="give two models or more")
     sources = [resolve(spec) for spec in models]
     onto_source = resolve(onto) if onto else None
-    history, all_weights = _weights(method, values, onto_source, weights, len(sources))
+    history, all_weights = merge_weights(method, values, onto_source, weights, len(sources))
     inputs = [*([onto_source] if onto_source else []), *sources]
-    base_checkpoint = _find_base(base, inputs, sources, method)
+    base_checkpoint = find_base(base, inputs, sources, method)
     opened = [_open(source, base_checkpoint) for source in inputs]
     first = opened[0]
     reference = base_checkpoint or (first if isinstance(first, Checkpoint) else first.base)
@@ -173,7 +174,7 @@ def plan_merge(
         layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
     notes = sort.notes + common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
     plan = MergePlan(
-        _place(out, method.name, inputs, reference, settings.overwrite), method, values, opened, all_weights,
+        output_place(out, method.name, inputs, reference, settings.overwrite), method, values, opened, all_weights,
         base_checkpoint, history, merged, copied, layout, rank, notes, settings,
     )  # fmt: skip
     _check_disk(plan)
@@ -207,84 +208,8 @@ def _output(tensor: TensorSpec, dtype: str | None) -> TensorSpec:
 def _open(source: Source, base: Checkpoint | None) -> Model:
     if not source.is_adapter:
         return Checkpoint.open(source)
-    assert base is not None  # _find_base sees to it that adapters have one
+    assert base is not None  # find_base sees to it that adapters have one
     return AdapterView(Adapter(source), base)
-
-
-def _find_base(given: str | None, inputs: list[Source], named_by: list[Source], method: Method) -> Checkpoint | None:
-    """Open the base: the one given, else the one that all inputs name, if anything needs one."""
-    if given is not None:
-        source = resolve(given)
-        for adapter in (s for s in inputs if s.is_adapter):
-            if source.repo_id and adapter.base_model and "/" in adapter.base_model and not _is_same(source, adapter):
-                raise InputError(
-                    f"the adapter's base is {adapter.base_model}, not {source.repo_id}",
-                    file=adapter.path,
-                    remedy="give the base that it was trained on; a local path to the same weights is taken as it is",
-                )
-        return Checkpoint.open(source)
-    if not method.needs_base and not any(source.is_adapter for source in inputs):
-        return None
-    names = {source.spec: source.base_model for source in named_by}
-    silent = [spec for spec, name in names.items() if name is None]
-    if silent:
-        raise UsageError(
-            f"{method.name} needs the base, and {', '.join(silent)} does not name one",
-            remedy="give it with --base (or name it as base_model in their README.md)",
-        )
-    if len({name.lower() for name in names.values() if name}) > 1:
-        listing = ", ".join(f"{spec}: {name}" for spec, name in names.items())
-        raise UsageError(f"the inputs name different bases ({listing})", remedy="give the right one with --base")
-    namer = named_by[0]
-    assert namer.base_model is not None
-    return Checkpoint.open(resolve_base(namer.base_model, namer))
-
-
-def _is_same(base: Source, adapter: Source) -> bool:
-    return (adapter.base_model or "").lower() == (base.repo_id or "").lower()
-
-
-def _weights(
-    method: Method, values: BaseModel, onto: Source | None, given: Sequence[float] | None, count: int
-) -> tuple[History | None, list[float]]:
-    """Return the history of the merge to continue, and one weight a model (the continued result's first)."""
-    if given is not None and "weights" not in method.wants:
-        raise UsageError(f"{method.name} takes no weights", remedy="leave out --weights")
-    weights = list(given) if given is not None else [1.0] * count
-    if len(weights) != count:
-        raise UsageError(f"{len(weights)} weights for {count} models", remedy="give one number a model")
-    if onto is None:
-        if "weights" in method.wants and getattr(values, "normalize", False) and sum(weights) == 0:
-            raise UsageError("the weights sum to zero and cannot be normalised", remedy="-p normalize=false")
-        return None, weights
-    if method.onto_weight is None:
-        raise UsageError(f"{method.name} cannot be continued with --onto", remedy="merge all models at once")
-    record = _continuation(onto, method)
-    history = History(record.method, record.parameters, record.weights, record.numbers)
-    try:
-        return history, [method.onto_weight(history), *weights]
-    except (ZeroDivisionError, KeyError) as error:
-        raise InputError(
-            "the earlier merge recorded nothing that can be continued", file=onto.folder / REPORT
-        ) from error
-
-
-def _continuation(onto: Source, method: Method) -> Continuation:
-    report = read_report(onto.folder)
-    record = report.continuation if report else None
-    if record is None:
-        raise InputError(
-            f"{onto.spec} has no {REPORT} of a merge that can be continued",
-            file=onto.folder,
-            remedy="give the output folder of an earlier `basis merge`",
-        )
-    if record.method != method.name:
-        raise InputError(
-            f"{onto.spec} was merged by {record.method}, not by {method.name}",
-            file=onto.folder / REPORT,
-            remedy=f"--method {record.method}",
-        )
-    return record
 
 
 def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) -> tuple[list[TensorSpec], int]:
@@ -329,32 +254,9 @@ def factor_keys(view: AdapterView, name: str) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def _place(out: str | Path | None, method: str, inputs: list[Source], reference: Checkpoint, overwrite: bool) -> Path:
-    """Return where the result goes: never into an input, never over something that basis did not write."""
-    place = Path(out) if out is not None else Path(f"merge-{method}")
-    place = place.expanduser().resolve()
-    for folder in {source.folder for source in [*inputs, reference.source]}:
-        if place == folder or folder in place.parents:
-            raise UsageError(f"the output would lie inside an input: {place}", file=folder, remedy="choose another -o")
-        if place in folder.parents:
-            raise UsageError(f"the output would hold an input: {place}", file=folder, remedy="choose another -o")
-    if place.is_file():
-        raise UsageError("the output is a file", file=place, remedy="choose another -o")
-    if place.is_dir() and any(place.iterdir()):
-        if not overwrite:
-            raise UsageError("the output exists", file=place, remedy="choose another -o, or add --overwrite")
-        if not (place / REPORT).is_file():
-            raise UsageError(
-                "the output exists and was not written by basis: it is not overwritten",
-                file=place,
-                remedy="remove it yourself, or choose another -o",
-            )
-    return place
-
-
 def _check_disk(plan: MergePlan) -> None:
     parent = next(folder for folder in plan.out.parents if folder.is_dir())
-    partial = plan.out.with_name(f"{plan.out.name}.partial")
+    partial = partial_folder(plan.out)
     taken = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
     needed, free = plan.write_bytes + plan.scratch_bytes, shutil.disk_usage(parent).free + taken
     if needed > free:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.architecture import Kind, Kinds, kind_by_name, kinds
-from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
+from basiscli.checkpoints.digests import digest, file_digest
+from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.source import Source
-from basiscli.checkpoints.views import Checkpoint, row_blocks
-from basiscli.checkpoints.writer import PartialOutput, digest, file_digest, write_file
-from basiscli.engine.compatibility import Model
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.engine.local import Progress, Task, run_tasks
-from basiscli.engine.merge_plan import BLOCK_ELEMENTS, MergePlan, factor_keys, workspace
+from basiscli.engine.merge_plan import MergePlan, factor_keys, workspace
+from basiscli.engine.tensor_reader import TensorReader, is_finite
 from basiscli.errors import InputError, ResourceError
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.transforms import Norms, TaskVectorMerge, TaskVectors
@@ -35,13 +36,12 @@ class MergeRun:
     plan: MergePlan
     output: PartialOutput
     progress: Progress
-    device: torch.device = field(init=False)
+    device: torch.device
     kinds: Kinds = field(init=False)
     copied: frozenset[str] = field(init=False)
     numbers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.device = choose_device(self.plan.settings.device)
         self.copied = frozenset(self.plan.copied)
         tensors = self.plan.reference.tensors
         if self.plan.two_passes:  # only these methods tell linear weights from others
@@ -117,7 +117,7 @@ class MergeRun:
         """Merge one tensor with a function transform, a block of rows at a time where the method allows."""
         if name in self.copied:
             return self._copy(name)
-        plan, read = self.plan, _TensorReader(self, name)
+        plan, read = self.plan, self._reader(name)
         hasher = hashlib.sha256()
         grams: Tensor | None = None
         for rows in read.blocks(whole=not plan.method.elementwise):
@@ -135,9 +135,9 @@ class MergeRun:
 
     def _merge_task_vectors(self, method: TaskVectorMerge, name: str) -> dict[str, Any]:
         """Merge the task vectors of one tensor and keep the result as scratch."""
-        first_look, shape = _TensorReader(self, name), self.plan.reference.tensors[name].shape
+        first_look, shape = self._reader(name), self.plan.reference.tensors[name].shape
         grams = first_look.statistics()
-        vectors = TaskVectors(name, self.kinds.by_name[name], shape, _TensorReader(self, name).task_vectors)
+        vectors = TaskVectors(name, self.kinds.by_name[name], shape, self._reader(name).task_vectors)
         merged, details = method.merge(vectors)
         entry: dict[str, Any] = {
             "inputs": first_look.digests(),
@@ -158,7 +158,7 @@ class MergeRun:
         if name in self.copied:
             return self._copy(name)
         reference = self.plan.reference.tensors[name]
-        hasher, read = hashlib.sha256(), _TensorReader(self, name)
+        hasher, read = hashlib.sha256(), self._reader(name)
         with self._scratch(name) as scratch:
             if scratch is None and self.plan.layout.tensors[name].dtype == reference.dtype:
                 return self._copy(name)
@@ -194,7 +194,7 @@ class MergeRun:
 
     def _copy(self, name: str) -> dict[str, Any]:
         """Copy a tensor's bytes from the reference."""
-        read, hasher = _TensorReader(self, name), hashlib.sha256()
+        read, hasher = self._reader(name), hashlib.sha256()
         for rows in read.blocks():
             hasher.update(self.output.write(name, self.plan.reference.read(name, rows), rows.start if rows else 0))
         return {"digests": {name: hasher.hexdigest()}, "copied": True}
@@ -219,6 +219,9 @@ class MergeRun:
         key = f"{self.plan.settings.seed}:{name}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
 
+    def _reader(self, name: str) -> TensorReader:
+        return TensorReader(self.plan, name, self.device)
+
     def _views(self) -> list[AdapterView]:
         return [model for model in self.plan.models if isinstance(model, AdapterView)]
 
@@ -241,114 +244,6 @@ class MergeRun:
             (self.output.scratch / scratch).unlink(missing_ok=True)
 
 
-class _TensorReader:
-    """One tensor of all models: read in blocks of rows, checked and digested on the way."""
-
-    def __init__(self, run: MergeRun, name: str) -> None:
-        self.run, self.name = run, name
-        self.plan = run.plan
-        self.shape = self.plan.reference.tensors[name].shape
-        # Digests of what is read in order from its first to its last row; keyed by the model's place, -1 for the base.
-        self._hashers: dict[int, Any] = {}
-        self._wide = any(
-            name in m.tensors and m.tensors[name].dtype == "F64" for m in [self.plan.reference, *self.plan.models]
-        )
-
-    def blocks(self, *, whole: bool = False) -> Iterator[slice | None]:
-        """Yield the blocks of rows to work on; None for all of it at once."""
-        return iter([None]) if whole else row_blocks(self.shape, BLOCK_ELEMENTS)
-
-    def block(self, rows: slice | None) -> tuple[Tensor | None, list[Tensor]]:
-        """Return base (if any) and models for some rows: on the device, in float32 (or float64, if any is)."""
-        base = self._read(-1, self.plan.base, rows) if self.plan.base is not None else None
-        return base, self._others(rows, base)
-
-    def _others(self, rows: slice | None, base: Tensor | None) -> list[Tensor]:
-        return [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
-
-    def base(self, rows: slice | None) -> Tensor:
-        """Return some rows of the reference alone."""
-        return self._read(-1, self.plan.reference, rows)
-
-    def statistics(self) -> Tensor:
-        """Read everything once: check that it is finite, digest it, and return the task vectors' inner products."""
-        factors = [self._low_rank(model) for model in self.plan.models]
-        if all(factor is not None for factor in factors):
-            vectors = [factor for factor in factors if factor is not None]
-            return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
-        total: Tensor | None = None
-        for rows in self.blocks():
-            base = self.base(rows)
-            part = gram([(x - base).reshape(-1) for x in self._others(rows, base)])
-            total = part if total is None else total + part
-        assert total is not None
-        return total.cpu()
-
-    def task_vectors(self) -> Iterator[Tensor | LowRank]:
-        """Yield the task vectors one at a time; see `TaskVectors`."""
-        base: Tensor | None = None
-        for place, model in enumerate(self.plan.models):
-            weight = self.plan.weights[place] if self.plan.history and place == 0 else 1.0
-            factor = self._low_rank(model)
-            if factor is not None:
-                if factor.rank:
-                    yield factor.scaled(weight)
-                continue
-            base = self.base(None) if base is None else base
-            values = self._convert(model.read(self.name)) if self.name in model.tensors else base
-            yield (values - base) * weight if weight != 1.0 else values - base
-
-    def digests(self) -> dict[str, str]:
-        """Return the digests of what was read, by the model's place ('-1' for the base)."""
-        return {str(place): hasher.hexdigest() for place, hasher in self._hashers.items()}
-
-    def _low_rank(self, model: Model) -> LowRank | None:
-        """Return a model's task vector in factors (of rank 0 where it has none); None if only dense will do."""
-        if not isinstance(model, AdapterView) or not model.is_low_rank(self.name):
-            return None
-        factor = model.low_rank(self.name)
-        if factor is None:
-            width = math.prod(self.shape[1:])
-            rows = self.shape[0] if self.shape else 1
-            return LowRank(torch.zeros(rows, 0), torch.zeros(0, width), self.shape).to(self.run.device)
-        if not (is_finite(factor.b) and is_finite(factor.a)):
-            self._refuse_nonfinite(model)
-        return factor.to(self.run.device)
-
-    def _read_model(self, place: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
-        if self.name not in model.tensors:
-            return base.clone() if base is not None else self._convert(self.plan.reference.read(self.name, rows))
-        if isinstance(model, Checkpoint):
-            return self._read(place, model, rows)
-        if base is not None and not model.changes(self.name):
-            return base.clone()
-        values = self._convert(model.read(self.name, rows))
-        if not is_finite(values):
-            self._refuse_nonfinite(model)
-        return values
-
-    def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
-        raw = checkpoint.read(self.name, rows)
-        self._hashers.setdefault(place, hashlib.sha256()).update(raw_bytes(raw))
-        values = self._convert(raw)
-        if not is_finite(values):
-            self._refuse_nonfinite(checkpoint)
-        return values
-
-    def _convert(self, raw: Tensor) -> Tensor:
-        return raw.to(self.run.device, torch.float64 if self._wide else torch.float32)
-
-    def _refuse_nonfinite(self, model: Model) -> None:
-        if not self.plan.settings.allow_nonfinite:
-            stored = model.tensors[self.name]
-            raise InputError(
-                f"{model.source.spec} has a NaN or Inf",
-                file=getattr(stored, "file", model.source.path),
-                tensor=self.name,
-                remedy="mend the checkpoint, or --allow-nonfinite to go on",
-            )
-
-
 def choose_device(wish: str) -> torch.device:
     """Return the device for 'auto' or a device's name.
 
@@ -359,20 +254,10 @@ def choose_device(wish: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wish)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ResourceError(f"no device '{wish}': {str(error).splitlines()[0]}", remedy="--device cpu") from error
     return device
-
-
-def is_finite(values: Tensor) -> bool:
-    """Return whether every element is finite, in one pass without a mask: NaN and Inf survive a sum.
-
-    A sum can also overflow on its own; only then every element is looked at.
-    """
-    if not values.is_floating_point() or math.isfinite(float(values.sum())):
-        return True
-    return bool(torch.isfinite(values).all())
 
 
 def _read_low_rank(scratch: Checkpoint, shape: tuple[int, ...]) -> LowRank:

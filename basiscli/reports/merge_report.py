@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
-from basiscli.checkpoints.writer import stored_digest, weights_digest
 from basiscli.engine.compatibility import Model
 from basiscli.engine.merge_run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key

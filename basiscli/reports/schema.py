@@ -19,7 +19,8 @@ SCHEMA_VERSION = 1
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # NaN and Inf, which JSON has no numbers for, are written as strings and read back.
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
 
 
 class SourceRecord(_Record):
@@ -138,4 +139,6 @@ def read_report(folder: Path) -> Report | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(f"the report is damaged: {where}: {first['msg']}", file=folder / REPORT) from error
+        raise InputError(
+            f"the report is damaged: {where}: {first['msg']}", file=folder / REPORT, remedy="make the model again"
+        ) from error

@@ -1,0 +1,138 @@
+"""What a merge command leaves unsaid: the base, the weights, the history of a merge to continue, the output's place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from basiscli.checkpoints.source import Source, resolve, resolve_base
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import JOURNAL, REPORT, partial_folder, replaced_folder
+from basiscli.errors import InputError, UsageError
+from basiscli.reports.schema import Continuation, read_report
+from basiscli.transforms import History, Method
+
+
+def find_base(given: str | None, inputs: list[Source], named_by: list[Source], method: Method) -> Checkpoint | None:
+    """Open the base: the one given, else the one that all inputs name, if anything needs one."""
+    if given is not None:
+        source = resolve(given)
+        for adapter in (s for s in inputs if s.is_adapter):
+            if source.repo_id and adapter.base_model and "/" in adapter.base_model and not _is_same(source, adapter):
+                raise InputError(
+                    f"the adapter's base is {adapter.base_model}, not {source.repo_id}",
+                    file=adapter.path,
+                    remedy="give the base that it was trained on; a local path to the same weights is taken as it is",
+                )
+        return Checkpoint.open(source)
+    if not method.needs_base and not any(source.is_adapter for source in inputs):
+        return None
+    names = {source.spec: source.base_model for source in named_by}
+    silent = [spec for spec, name in names.items() if name is None]
+    if silent:
+        raise UsageError(
+            f"{method.name} needs the base, and {', '.join(silent)} does not name one",
+            remedy="give it with --base (or name it as base_model in their README.md)",
+        )
+    if len({name.lower() for name in names.values() if name}) > 1:
+        listing = ", ".join(f"{spec}: {name}" for spec, name in names.items())
+        raise UsageError(f"the inputs name different bases ({listing})", remedy="give the right one with --base")
+    namer = named_by[0]
+    assert namer.base_model is not None
+    return Checkpoint.open(resolve_base(namer.base_model, namer))
+
+
+def _is_same(base: Source, adapter: Source) -> bool:
+    return (adapter.base_model or "").lower() == (base.repo_id or "").lower()
+
+
+def merge_weights(
+    method: Method, values: BaseModel, onto: Source | None, given: Sequence[float] | None, count: int
+) -> tuple[History | None, list[float]]:
+    """Return the history of the merge to continue, and one weight a model (the continued result's first)."""
+    if given is not None and "weights" not in method.wants:
+        raise UsageError(f"{method.name} takes no weights", remedy="leave out --weights")
+    weights = list(given) if given is not None else [1.0] * count
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights for {count} models", remedy="give --weights one number a model")
+    history = None
+    if onto is not None:
+        history, first = _history(onto, method)
+        weights = [first, *weights]
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UsageError(f"weights that are no finite numbers: {weights}", remedy="give --weights finite numbers")
+    # What is left of 0.1 + 0.2 − 0.3 is rounding; dividing by it would multiply the models by 10¹⁶.
+    cancels = abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
+    if "weights" in method.wants and getattr(values, "normalize", False) and cancels:
+        raise UsageError("the weights sum to zero and cannot be normalised", remedy="-p normalize=false")
+    return history, weights
+
+
+def _history(onto: Source, method: Method) -> tuple[History, float]:
+    """Return what an earlier merge recorded, and the weight its result takes as the first model."""
+    if method.onto_weight is None:
+        raise UsageError(f"{method.name} cannot be continued with --onto", remedy="merge all models at once")
+    record = _continuation(onto, method)
+    history = History(record.method, record.parameters, record.weights, record.numbers)
+    try:
+        return history, method.onto_weight(history)
+    except (ZeroDivisionError, KeyError) as error:
+        raise InputError(
+            "the earlier merge recorded nothing that can be continued",
+            file=onto.folder / REPORT,
+            remedy="merge all models at once",
+        ) from error
+
+
+def _continuation(onto: Source, method: Method) -> Continuation:
+    report = read_report(onto.folder)
+    record = report.continuation if report else None
+    if record is None:
+        raise InputError(
+            f"{onto.spec} has no {REPORT} of a merge that can be continued",
+            file=onto.folder,
+            remedy="give the output folder of an earlier `basis merge`",
+        )
+    if record.method != method.name:
+        raise InputError(
+            f"{onto.spec} was merged by {record.method}, not by {method.name}",
+            file=onto.folder / REPORT,
+            remedy=f"--method {record.method}",
+        )
+    return record
+
+
+def output_place(
+    out: str | Path | None, method: str, inputs: list[Source], reference: Checkpoint, overwrite: bool
+) -> Path:
+    """Return where the result goes: never into an input, never over something that basis did not write."""
+    place = Path(out) if out is not None else Path(f"merge-{method}")
+    place = place.expanduser().resolve()
+    partial, replaced = partial_folder(place), replaced_folder(place)
+    for path in {source.path for source in [*inputs, reference.source]}:
+        if path in {place, *place.parents}:
+            raise UsageError(f"the output would lie inside an input: {place}", file=path, remedy="choose another -o")
+        if {place, partial, replaced} & {path, *path.parents}:
+            raise UsageError(f"the output would hold an input: {place}", file=path, remedy="choose another -o")
+    for folder, mark in ((partial, JOURNAL), (replaced, REPORT)):
+        if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise UsageError(
+                f"{folder.name} is in the way and was not written by basis",
+                file=folder,
+                remedy="move it away, or choose another -o",
+            )
+    if place.is_file():
+        raise UsageError("the output is a file", file=place, remedy="choose another -o")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise UsageError("the output exists", file=place, remedy="choose another -o, or add --overwrite")
+        if not (place / REPORT).is_file():
+            raise UsageError(
+                "the output exists and was not written by basis: it is not overwritten",
+                file=place,
+                remedy="remove it yourself, or choose another -o",
+            )
+    return place

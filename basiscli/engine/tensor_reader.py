@@ -1,0 +1,136 @@
+"""Reading one tensor of all models of a merge."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.dtypes import raw_bytes
+from basiscli.checkpoints.views import Checkpoint, row_blocks
+from basiscli.engine.compatibility import Model
+from basiscli.engine.merge_plan import BLOCK_ELEMENTS, MergePlan
+from basiscli.errors import InputError
+from basiscli.linalg.lowrank import LowRank, gram, inner
+
+
+class TensorReader:
+    """One tensor of all models: read in blocks of rows, checked and digested on the way."""
+
+    def __init__(self, plan: MergePlan, name: str, device: torch.device) -> None:
+        self.plan, self.name, self.device = plan, name, device
+        self.shape = self.plan.reference.tensors[name].shape
+        # Digests of what is read in order from its first to its last row; keyed by the model's place, -1 for the base.
+        self._hashers: dict[int, Any] = {}
+        self._wide = any(
+            name in m.tensors and m.tensors[name].dtype == "F64" for m in [self.plan.reference, *self.plan.models]
+        )
+
+    def blocks(self, *, whole: bool = False) -> Iterator[slice | None]:
+        """Yield the blocks of rows to work on; None for all of it at once."""
+        return iter([None]) if whole else row_blocks(self.shape, BLOCK_ELEMENTS)
+
+    def block(self, rows: slice | None) -> tuple[Tensor | None, list[Tensor]]:
+        """Return base (if any) and models for some rows: on the device, in float32 (or float64, if any is)."""
+        base = self._read(-1, self.plan.base, rows) if self.plan.base is not None else None
+        return base, self._others(rows, base)
+
+    def _others(self, rows: slice | None, base: Tensor | None) -> list[Tensor]:
+        return [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
+
+    def base(self, rows: slice | None) -> Tensor:
+        """Return some rows of the reference alone."""
+        return self._read(-1, self.plan.reference, rows)
+
+    def statistics(self) -> Tensor:
+        """Read everything once: check that it is finite, digest it, and return the task vectors' inner products."""
+        factors = [self._low_rank(model) for model in self.plan.models]
+        if all(factor is not None for factor in factors):
+            vectors = [factor for factor in factors if factor is not None]
+            return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
+        total: Tensor | None = None
+        for rows in self.blocks():
+            base = self.base(rows)
+            part = gram([(x - base).reshape(-1) for x in self._others(rows, base)])
+            total = part if total is None else total + part
+        assert total is not None
+        return total.cpu()
+
+    def task_vectors(self) -> Iterator[Tensor | LowRank]:
+        """Yield the task vectors one at a time; see `TaskVectors`."""
+        base: Tensor | None = None
+        for place, model in enumerate(self.plan.models):
+            weight = self.plan.weights[place] if self.plan.history and place == 0 else 1.0
+            factor = self._low_rank(model)
+            if factor is not None:
+                if factor.rank:
+                    yield factor.scaled(weight)
+                continue
+            base = self.base(None) if base is None else base
+            values = self._convert(model.read(self.name)) if self.name in model.tensors else base
+            yield (values - base) * weight if weight != 1.0 else values - base
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of what was read, by the model's place ('-1' for the base)."""
+        return {str(place): hasher.hexdigest() for place, hasher in self._hashers.items()}
+
+    def _low_rank(self, model: Model) -> LowRank | None:
+        """Return a model's task vector in factors (of rank 0 where it has none); None if only dense will do."""
+        if not isinstance(model, AdapterView) or not model.is_low_rank(self.name):
+            return None
+        factor = model.low_rank(self.name)
+        if factor is None:
+            width = math.prod(self.shape[1:])
+            rows = self.shape[0] if self.shape else 1
+            return LowRank(torch.zeros(rows, 0), torch.zeros(0, width), self.shape).to(self.device)
+        if not (is_finite(factor.b) and is_finite(factor.a)):
+            self._refuse_nonfinite(model)
+        return factor.to(self.device)
+
+    def _read_model(self, place: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
+        if self.name not in model.tensors:
+            return base.clone() if base is not None else self._convert(self.plan.reference.read(self.name, rows))
+        if isinstance(model, Checkpoint):
+            return self._read(place, model, rows)
+        if base is not None and not model.changes(self.name):
+            return base.clone()
+        values = self._convert(model.read(self.name, rows))
+        if not is_finite(values):
+            self._refuse_nonfinite(model)
+        return values
+
+    def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
+        raw = checkpoint.read(self.name, rows)
+        self._hashers.setdefault(place, hashlib.sha256()).update(raw_bytes(raw))
+        values = self._convert(raw)
+        if not is_finite(values):
+            self._refuse_nonfinite(checkpoint)
+        return values
+
+    def _convert(self, raw: Tensor) -> Tensor:
+        return raw.to(self.device, torch.float64 if self._wide else torch.float32)
+
+    def _refuse_nonfinite(self, model: Model) -> None:
+        if not self.plan.settings.allow_nonfinite:
+            stored = model.tensors[self.name]
+            raise InputError(
+                f"{model.source.spec} has a NaN or Inf",
+                file=getattr(stored, "file", model.source.path),
+                tensor=self.name,
+                remedy="mend the checkpoint, or --allow-nonfinite to go on",
+            )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether every element is finite, in one pass without a mask: NaN and Inf survive a sum.
+
+    A sum can also overflow on its own; only then every element is looked at.
+    """
+    if not values.is_floating_point() or math.isfinite(float(values.sum())):
+        return True
+    return bool(torch.isfinite(values).all())
