@@ -125,6 +125,8 @@ class TaskVectors:
     name: str
     kind: Kind
     shape: tuple[int, ...]
+    weight_norm: float
+    """Frobenius norm of the base's tensor where task vectors come dense, else 0: their rounding is relative to it."""
     read: Callable[[], Iterator[Tensor | LowRank]]
 
     def __iter__(self) -> Iterator[Tensor | LowRank]:

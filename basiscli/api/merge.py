@@ -10,6 +10,7 @@ from typing import Any, Required, TypedDict, Unpack
 
 from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.dtypes import parse_dtype
+from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.local import Progress, Silent, default_workers
 from basiscli.engine.merge_plan import MergePlan, Settings
 from basiscli.engine.merge_plan import plan_merge as _plan
@@ -117,7 +118,7 @@ def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) ->
 def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     """Carry out a plan."""
     started = time.monotonic()
-    from basiscli.checkpoints.sidecars import adapter_config, sidecar_files
+    from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT, PartialOutput
     from basiscli.engine.merge_run import MergeRun, choose_device
     from basiscli.reports.card import model_card
@@ -136,9 +137,7 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
         if plan.adapter_rank is None:
             files = sidecar_files(plan.reference, plan.settings.dtype, code=plan.settings.trust_remote_code)
         else:
-            last = plan.models[-1]
-            assert isinstance(last, AdapterView)  # the plan refuses anything else
-            files = {"adapter_config.json": adapter_config(last.adapter.config, plan.adapter_rank)}
+            files = {"adapter_config.json": _adapter_config(plan, plan.adapter_rank)}
         files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": card}
         output.commit(files, overwrite=plan.settings.overwrite)
     except InputError:
@@ -149,3 +148,14 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
         output.close()
         plan.close()
     return MergeResult(plan.out, report)
+
+
+def _adapter_config(plan: MergePlan, rank: int) -> bytes:
+    from basiscli.checkpoints.sidecars import adapter_config
+
+    views = [model for model in plan.models if isinstance(model, AdapterView)]
+    modules = {module for view in views for module in view.modules.values()}
+    named, base = views[-1].source.base_model, plan.reference.source
+    # A relative path would point elsewhere from the new folder; the Hub's name or an absolute path stays.
+    keep = named is not None and (is_hub_id(named) or Path(named).is_absolute())
+    return adapter_config(views[-1].adapter.config, list(modules), rank, named if keep else str(base.path))

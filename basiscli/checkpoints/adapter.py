@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.header import StoredTensor, TensorSpec
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
 from basiscli.checkpoints.views import Checkpoint
@@ -36,7 +37,7 @@ _REFUSED = {
     "trainable_token_indices": "single trained token rows are not supported",
     "target_parameters": "adapters on bare parameters (fused experts) are not supported",
 }
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class AdapterView:
         self._factors = {name: adapter.modules[module] for name, module in self.modules.items()}
         self._bias = {rename(name): delta for name, delta in adapter.bias_deltas.items()}
         self._replaced = {rename(name): stored for name, stored in adapter.replaced.items()}
+        self._drop_tied_head()
         self.tensors: dict[str, TensorSpec] = dict(base.tensors)
         for name in [*self._factors, *self._bias, *self._replaced]:
             if name not in base.tensors:
@@ -207,19 +209,17 @@ class AdapterView:
         return LowRank(b.reshape(len(b), -1) * factors.scaling, a.reshape(len(a), -1), self.tensors[name].shape)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Return a tensor of the adapted model; float32 where the adapter changes it, else as stored in the base.
-
-        A tensor that the adapter replaces comes as the adapter stores it.
-        """
+        """Return a tensor of the adapted model; in float32 or better where the adapter changes it, else as stored."""
+        tensor: torch.Tensor
         if name in self._replaced:
-            stored: torch.Tensor = self.adapter.weights.read(self._replaced[name], rows)
-            return stored
-        tensor: torch.Tensor = self.base.read(name, rows)
+            tensor = self.adapter.weights.read(self._replaced[name], rows)
+        else:
+            tensor = self.base.read(name, rows)
         if name in self._bias:
             delta, scaling = self._bias[name]
-            tensor = tensor.float() + self.adapter.weights.read(delta, rows).float() * scaling
+            tensor = _widened(tensor) + self.adapter.weights.read(delta, rows).float() * scaling
         update = self.low_rank(name)
-        return tensor if update is None else tensor.float() + update.dense(rows)
+        return tensor if update is None else _widened(tensor) + update.dense(rows)
 
     def close(self) -> None:
         """Close the adapter's files; the base is its owner's to close."""
@@ -236,6 +236,14 @@ class AdapterView:
         # A square matrix, or one this adapter leaves alone: only the module's type tells.
         conv1d = self.base.config.get("model_type") in _CONV1D_MODELS
         return conv1d or bool(self.adapter.config.get("fan_in_fan_out"))
+
+    def _drop_tied_head(self) -> None:
+        """Forget an output head that PEFT saved beside the embedding it is tied to and that the base does not store."""
+        stored = {name: self.adapter.weights.tensors[key] for name, key in self._replaced.items()}
+        for name in [name for name in stored if name not in self.base.tensors and name.endswith("lm_head.weight")]:
+            twins = [t for other, t in stored.items() if other != name and t.shape == stored[name].shape]
+            if any(stored_digest(twin) == stored_digest(stored[name]) for twin in twins):
+                del self._replaced[name]
 
     def _check_shape(self, name: str, target: StoredTensor) -> None:
         weights = self.adapter.weights
@@ -255,6 +263,10 @@ class AdapterView:
                 tensor=name,
                 remedy=f"{self.base.source.spec} is another model or has another vocabulary: give the right --base",
             )
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype.itemsize == 8 else tensor.float()
 
 
 def _weights_file(source: Source) -> Path:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
-_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*")
 
 
 def cache_folder() -> Path:
@@ -32,7 +31,9 @@ def cache_folder() -> Path:
 
 
 def converted(source: Source) -> Path:
-    """Return a folder with the same model in safetensors, converting it if the cache lacks it.
+    """Return a folder with the same weights in safetensors, converting them if the cache lacks them.
+
+    What is made of a GGUF file also has its configuration and tokenizer; a pickle has none in it.
 
     GGUF weights become float32, which holds every GGUF type without rounding.
 
@@ -52,7 +53,7 @@ def converted(source: Source) -> Path:
         if files[0].suffix == ".gguf":
             _convert_gguf(files[0], scratch)
         else:
-            _convert_pickles(files, source.folder, scratch)
+            _convert_pickles(files, scratch)
         os.replace(scratch, folder)  # noqa: PTH105 - of two processes, the one that loses finds a full folder
     except OSError:
         if not folder.is_dir():
@@ -101,9 +102,11 @@ def _foreign_files(path: Path) -> list[Path]:
                 remedy="download or save the checkpoint again",
             )
     names = sorted(set(named))
-    for pattern in ("pytorch_model.bin", "adapter_model.bin", "*.gguf"):
+    for pattern in ("pytorch_model.bin", "adapter_model.bin"):
         names = names or sorted(file.name for file in path.glob(pattern))
-        if pattern == "*.gguf" and len(names) > 1:
+    if not names:
+        names = sorted(file.name for file in path.glob("*.gguf"))
+        if len(names) > 1:
             raise InputError("several .gguf files", file=path, remedy="give the path of one of them")
     if not names:
         raise InputError(
@@ -114,8 +117,11 @@ def _foreign_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _convert_pickles(files: list[Path], folder: Path, out: Path) -> None:
-    """Write one safetensors file a pickle; tensors that share their storage are aliases and are written once."""
+def _convert_pickles(files: list[Path], out: Path) -> None:
+    """Write one safetensors file a pickle; tensors that share their storage are aliases and are written once.
+
+    The other files of the checkpoint stay where they are, and are read there.
+    """
     from safetensors.torch import save_file
 
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
@@ -130,10 +136,6 @@ def _convert_pickles(files: list[Path], folder: Path, out: Path) -> None:
             state[name] = tensor.contiguous().clone()
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(state, out / name, metadata={"format": "pt"})
-    for pattern in _BESIDE:
-        for extra in folder.glob(pattern):
-            if extra.is_file() and not extra.name.endswith(".index.json"):
-                shutil.copyfile(extra, out / extra.name)
 
 
 def _convert_gguf(file: Path, out: Path) -> None:

@@ -41,14 +41,21 @@ def sidecar_files(reference: Checkpoint, dtype: str | None, *, code: bool) -> di
     return files
 
 
-def adapter_config(config: dict[str, Any], rank: int) -> bytes:
+def adapter_config(config: dict[str, Any], modules: list[str], rank: int, base: str | None) -> bytes:
     """Return an adapter's config with one rank for every module and a scaling of one.
 
     Args:
         config: the config of one of the adapters that were merged.
+        modules: the full names of the modules that have factors: a shorter list of suffixes may match too few or many.
         rank: the rank of the written factors.
+        base: the name of the base.
     """
     changed = config | {
+        "base_model_name_or_path": base,
+        "target_modules": sorted(modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,

@@ -66,6 +66,12 @@ class Source:
             return {}  # a card is prose; a broken one is no reason to refuse the weights
         return card if isinstance(card, dict) else {}
 
+    @property
+    def base_revision(self) -> str | None:
+        """The revision of its base that an adapter names."""
+        named = read_json(self.path / ADAPTER_CONFIG).get("revision") if self.is_adapter else None
+        return named if isinstance(named, str) and named else None
+
     @cached_property
     def base_model(self) -> str | None:
         """The one base that this input names: in its adapter config, or else in its model card."""
@@ -85,9 +91,12 @@ def resolve(spec: str) -> Source:
         InputError: if there is no such path and the words are no Hub id.
         HubError: if the Hub does not give it.
     """
-    path = Path(spec).expanduser()
-    if path.exists():
-        return Source(spec, path.resolve())
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return Source(spec, path.resolve())
+    except (RuntimeError, OSError, ValueError):
+        pass  # the home of nobody, a name too long or with a null byte: no path, and refused below as no Hub id either
     match = _HUB_ID.fullmatch(spec)
     if match is None or spec.startswith((".", "~", "/")):
         raise InputError(
@@ -103,16 +112,23 @@ def resolve(spec: str) -> Source:
 def resolve_base(named: str, namer: Source) -> Source:
     """Find the base that an input names; a relative path counts from the input's folder, too."""
     beside = (namer.folder / named).resolve()
-    if not Path(named).exists() and beside.is_dir():
+    is_path = Path(named).exists()
+    if not is_path and beside.is_dir():
         return Source(named, beside)
+    on_hub = f"{named}@{namer.base_revision}" if namer.base_revision and not is_path and is_hub_id(named) else named
     try:
-        return resolve(named)
+        return resolve(on_hub)
     except InputError as error:
         raise InputError(
             f"{namer.spec} names '{named}' as its base, and that is neither a folder here nor a Hub id",
             file=namer.folder,
             remedy="say where the base is with --base",
         ) from error
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether some words can name a model of the Hub."""
+    return _HUB_ID.fullmatch(text) is not None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Checkpoint:
 
             path = converted(source)
             files, where = _weight_files(path)
-            source = Source(source.spec, path, source.repo_id, source.revision)
+            if (path / "config.json").is_file():
+                source = Source(source.spec, path, source.repo_id, source.revision)
         headers = {file: read_header(file) for file in files}
         return cls(source, headers, _collect(headers, where))
 

@@ -37,6 +37,8 @@ class Output:
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json, self.quiet = as_json, quiet
+        if quiet or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     def result(self, document: Any, text: Callable[[], None]) -> None:
         """Show a result: the JSON document, or what `text` prints."""

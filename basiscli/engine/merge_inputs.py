@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from basiscli.checkpoints.source import Source, resolve, resolve_base
+from basiscli.checkpoints.source import Source, is_hub_id, resolve, resolve_base
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import JOURNAL, REPORT, partial_folder, replaced_folder
 from basiscli.errors import InputError, UsageError
@@ -21,9 +21,10 @@ def find_base(given: str | None, inputs: list[Source], named_by: list[Source], m
     if given is not None:
         source = resolve(given)
         for adapter in (s for s in inputs if s.is_adapter):
-            if source.repo_id and adapter.base_model and "/" in adapter.base_model and not _is_same(source, adapter):
+            named = adapter.base_model or ""
+            if source.repo_id and is_hub_id(named) and named.lower() != source.repo_id.lower():
                 raise InputError(
-                    f"the adapter's base is {adapter.base_model}, not {source.repo_id}",
+                    f"the adapter's base is {named}, not {source.repo_id}",
                     file=adapter.path,
                     remedy="give the base that it was trained on; a local path to the same weights is taken as it is",
                 )
@@ -43,10 +44,6 @@ def find_base(given: str | None, inputs: list[Source], named_by: list[Source], m
     namer = named_by[0]
     assert namer.base_model is not None
     return Checkpoint.open(resolve_base(namer.base_model, namer))
-
-
-def _is_same(base: Source, adapter: Source) -> bool:
-    return (adapter.base_model or "").lower() == (base.repo_id or "").lower()
 
 
 def merge_weights(

@@ -137,7 +137,9 @@ class MergeRun:
         """Merge the task vectors of one tensor and keep the result as scratch."""
         first_look, shape = self._reader(name), self.plan.reference.tensors[name].shape
         grams = first_look.statistics()
-        vectors = TaskVectors(name, self.kinds.by_name[name], shape, self._reader(name).task_vectors)
+        vectors = TaskVectors(
+            name, self.kinds.by_name[name], shape, first_look.weight_norm, self._reader(name).task_vectors
+        )
         merged, details = method.merge(vectors)
         entry: dict[str, Any] = {
             "inputs": first_look.digests(),

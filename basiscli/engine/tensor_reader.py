@@ -27,6 +27,7 @@ class TensorReader:
         self.shape = self.plan.reference.tensors[name].shape
         # Digests of what is read in order from its first to its last row; keyed by the model's place, -1 for the base.
         self._hashers: dict[int, Any] = {}
+        self._base_square = 0.0
         self._wide = any(
             name in m.tensors and m.tensors[name].dtype == "F64" for m in [self.plan.reference, *self.plan.models]
         )
@@ -56,6 +57,7 @@ class TensorReader:
         total: Tensor | None = None
         for rows in self.blocks():
             base = self.base(rows)
+            self._base_square += inner(base, base)
             part = gram([(x - base).reshape(-1) for x in self._others(rows, base)])
             total = part if total is None else total + part
         assert total is not None
@@ -74,6 +76,11 @@ class TensorReader:
             base = self.base(None) if base is None else base
             values = self._convert(model.read(self.name)) if self.name in model.tensors else base
             yield (values - base) * weight if weight != 1.0 else values - base
+
+    @property
+    def weight_norm(self) -> float:
+        """The Frobenius norm of the base's tensor, as far as `statistics` had to read it."""
+        return math.sqrt(self._base_square)
 
     def digests(self) -> dict[str, str]:
         """Return the digests of what was read, by the model's place ('-1' for the base)."""

@@ -24,11 +24,14 @@ from torch import Tensor
 from basiscli.linalg.lowrank import LowRank
 
 _BLOCK_ELEMENTS = 1 << 22  # rows of the long side handled at a time: 16 MB in float32
+_PANELS = 4
 _SMALL = 0.03  # share of the largest singular value below which a direction counts as small
 _KEEP_ELEMENTS = 1 << 26  # up to this size U is kept between its two uses (256 MB), past it U is made twice
 
 
-def project_and_add(merged: Tensor | LowRank, update: Tensor | LowRank, alpha: float) -> tuple[Tensor | LowRank, int]:
+def project_and_add(
+    merged: Tensor | LowRank, update: Tensor | LowRank, alpha: float, noise: float = 0.0
+) -> tuple[Tensor | LowRank, int]:
     """Return `merged + clean(update)` and r.
 
     Two low-rank inputs give a low-rank result whose rank is at most the sum of theirs; any dense input, a dense one.
@@ -37,15 +40,31 @@ def project_and_add(merged: Tensor | LowRank, update: Tensor | LowRank, alpha: f
         merged: S, the merged task vector so far, (m, n).
         update: T, the task vector to add, (m, n).
         alpha: the share of the sum of singular values whose directions are closed to the update, in [0, 1].
+        noise: singular values of a dense S up to this one are rounding, and belong to no direction.
     """
     if isinstance(merged, LowRank) and isinstance(update, LowRank):
         return _add_low_rank(merged, update, alpha)
     dense = merged.dense() if isinstance(merged, LowRank) else merged
     dense_update = update.dense() if isinstance(update, LowRank) else update
     if dense.shape[0] < dense.shape[1]:
-        result, r = _add_tall(dense.mT, dense_update.mT, alpha)
+        result, r = _add_tall(dense.mT, dense_update.mT, alpha, noise)
         return result.mT, r
-    return _add_tall(dense, dense_update, alpha)
+    return _add_tall(dense, dense_update, alpha, noise)
+
+
+def rounding_noise(weight_norm: float, shape: tuple[int, int]) -> float:
+    """Return a bound of the singular values that storing a matrix in float32 adds to its task vector.
+
+    Rounding to nearest moves an element at random, with a standard deviation of about ε₃₂/5 of it; the largest singular
+    value of such a matrix is that times (√m + √n). Twice this is the bound. A LoRA update merged into float32 weights
+    is of low rank but for this noise.
+
+    Args:
+        weight_norm: Frobenius norm of the stored matrix.
+        shape: its (m, n).
+    """
+    m, n = shape
+    return 0.4 * torch.finfo(torch.float32).eps * weight_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
 
 
 def leading_count(sigma: Tensor, alpha: float) -> int:
@@ -64,18 +83,14 @@ def leading_count(sigma: Tensor, alpha: float) -> int:
     return int((shares <= alpha).sum())
 
 
-def _add_tall(merged: Tensor, update: Tensor, alpha: float) -> tuple[Tensor, int]:
+def _add_tall(merged: Tensor, update: Tensor, alpha: float, noise: float) -> tuple[Tensor, int]:
     """Do the step for dense (m, n) with m ≥ n."""
     rows, n = merged.shape
     step = max(1, _BLOCK_ELEMENTS // max(n, 1))
     blocks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-    own = torch.zeros(n, n, dtype=torch.float64, device=merged.device)
-    for block in blocks:
-        s = merged[block].double()
-        own.addmm_(s.mT, s)
-    squares, vectors = torch.linalg.eigh(own)
+    squares, vectors = torch.linalg.eigh(_lower_gram(merged, blocks))
     sigma = squares.flip(0).clamp_min_(0.0).sqrt_()
-    sigma = sigma[: _count_directions(sigma)]
+    sigma = sigma[: _count_directions(sigma, noise)]
     if sigma.numel() == 0:
         return merged + update, 0
     r = leading_count(sigma, alpha)
@@ -105,6 +120,19 @@ def _add_tall(merged: Tensor, update: Tensor, alpha: float) -> tuple[Tensor, int
     return result, r
 
 
+def _lower_gram(s: Tensor, blocks: list[slice]) -> Tensor:
+    """Return SᵀS in float64, its lower triangle only (all that eigh reads): panels of columns save a third of it."""
+    n = s.shape[1]
+    own = torch.zeros(n, n, dtype=torch.float64, device=s.device)
+    width = -(-n // _PANELS) or 1
+    for block in blocks:
+        rows = s[block].double()
+        for begin in range(0, n, width):
+            panel = slice(begin, begin + width)
+            own[begin:, panel].addmm_(rows[:, begin:].mT, rows[:, panel])
+    return own
+
+
 def _left_vectors(rows: Tensor, v_over_sigma: Tensor, large: int) -> Tensor:
     """Return rows of U = S V Σ⁻¹; the columns past `large` belong to small singular values and need float64."""
     u = rows @ v_over_sigma.to(rows.dtype)
@@ -127,7 +155,7 @@ def _add_low_rank(merged: LowRank, update: LowRank, alpha: float) -> tuple[LowRa
     return LowRank(torch.cat([u @ core, b], 1).to(dtype), torch.cat([vh, a], 0).to(dtype), merged.shape), r
 
 
-def _count_directions(sigma: Tensor) -> int:
+def _count_directions(sigma: Tensor, noise: float) -> int:
     """Return how many of the singular values, falling, belong to directions and not to rounding noise.
 
     The squares come from a float64 Gram matrix, whose own rounding puts a floor of √(ε₆₄·n)·σ₁ under what can be
@@ -136,4 +164,4 @@ def _count_directions(sigma: Tensor) -> int:
     if sigma.numel() == 0:
         return 0
     floor = math.sqrt(torch.finfo(torch.float64).eps * sigma.numel()) * float(sigma[0])
-    return int((sigma > floor).sum())
+    return int((sigma > max(floor, noise)).sum())

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 
-def clean(merged: Tensor, task_vector: Tensor, alpha: float) -> Tensor:
+def clean(merged: Tensor, task_vector: Tensor, alpha: float, noise: float = 0.0) -> Tensor:
     """Return the task vector without what lies in the merged one's leading directions and on its diagonal."""
     u, sigma, vh = torch.linalg.svd(merged, full_matrices=True)
     exceeds = sigma.cumsum(0) / sigma.sum() > alpha
     r = int(exceeds.int().argmax()) if alpha < 1 else len(sigma)  # at one, rounding alone would decide
-    directions = int((sigma > sigma[0] * 1e-12).sum())  # a singular value of zero belongs to no direction
+    # A singular value of zero, or of what rounding to the stored dtype left of zero, belongs to no direction.
+    directions = int((sigma > max(sigma[0] * 1e-12, noise)).sum())
     projected = u.mT @ task_vector @ vh.mT
     r = min(r, directions)
     projected[:r, :r] = 0
@@ -26,9 +27,16 @@ def clean(merged: Tensor, task_vector: Tensor, alpha: float) -> Tensor:
 
 
 def merge_step_by_step(
-    base: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]], linear: set[str], alpha: float
+    base: Mapping[str, Tensor],
+    models: Sequence[Mapping[str, Tensor]],
+    linear: set[str],
+    alpha: float,
+    noise: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the merged model in float64 and the last λ."""
+    """Return the merged model in float64 and the last λ.
+
+    `noise` gives, for linear weights, the singular value of a task vector up to which it is rounding.
+    """
     reference = {name: tensor.double() for name, tensor in base.items()}
     merged: dict[str, Tensor] = {}
     lengths: list[float] = []
@@ -42,7 +50,8 @@ def merge_step_by_step(
         unscaled = {}
         for name, task_vector in task_vectors.items():
             usable = name in linear and bool(merged[name].any())
-            added = clean(merged[name], task_vector, alpha) if usable else task_vector
+            zero = (noise or {}).get(name, 0.0)
+            added = clean(scale * merged[name], task_vector, alpha, zero) if usable else task_vector
             unscaled[name] = scale * merged[name] + added
         scale = _length(unscaled) / (sum(lengths) / len(lengths))
         merged = {name: tensor / scale for name, tensor in unscaled.items()}

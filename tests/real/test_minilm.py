@@ -38,7 +38,14 @@ def test_it_equals_the_step_by_step_form(merged: basiscli.MergeResult, minilm: d
     tensors = {name: read_checkpoint(folder) for name, folder in minilm.items()}
     del tensors["base"]["embeddings.position_ids"]
     linear = {t.name for t in merged.report.tensors if t.kind == "linear"}
-    expected, scale = merge_step_by_step(tensors["base"], [tensors["sre"], tensors["jobs"]], linear, 0.5)
+    # One value matrix of this fine-tune has a singular value of 1e-7: zero, but for float32's rounding of the weights.
+    noise = {
+        name: 2**-24
+        * float(tensors["base"][name].square().mean().sqrt())
+        * sum(n**0.5 for n in tensors["base"][name].shape)
+        for name in linear
+    }
+    expected, scale = merge_step_by_step(tensors["base"], [tensors["sre"], tensors["jobs"]], linear, 0.5, noise)
     found = read_checkpoint(merged.path)
     for name, tensor in expected.items():
         task_vector = tensor - tensors["base"][name].double()

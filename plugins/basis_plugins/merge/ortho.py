@@ -42,15 +42,19 @@ class Ortho(TaskVectorMerge):
 
     def merge(self, task_vectors: TaskVectors) -> tuple[Tensor | LowRank | None, dict[str, Any]]:
         """Return S and, for each model after the first, the number r of leading directions that were closed to it."""
-        from basiscli.linalg.projection import project_and_add  # here, since it imports torch
+        from basiscli.linalg.projection import project_and_add, rounding_noise  # here, since they import torch
 
         merged: Any = None
         closed: list[int] = []
+        noise = 0.0
+        if task_vectors.kind is Kind.LINEAR and task_vectors.weight_norm:
+            rows, columns = task_vectors.shape
+            noise = rounding_noise(task_vectors.weight_norm, (rows, columns))
         for task_vector in task_vectors:
             if merged is None:
                 merged = task_vector
             elif task_vectors.kind is Kind.LINEAR:
-                merged, r = project_and_add(merged, task_vector, self.parameters.alpha)
+                merged, r = project_and_add(merged, task_vector, self.parameters.alpha, noise)
                 closed.append(r)
             else:
                 merged = merged + task_vector
