@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from basiscli.errors import InputError
+from basiscli.errors import HubError, InputError
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -118,6 +118,11 @@ def resolve_base(named: str, namer: Source) -> Source:
     on_hub = f"{named}@{namer.base_revision}" if namer.base_revision and not is_path and is_hub_id(named) else named
     try:
         return resolve(on_hub)
+    except HubError as error:
+        raise HubError(
+            f"{namer.spec} names {on_hub} as its base, and {error.what}",
+            remedy=f"{error.remedy}; or say where the base is with --base",
+        ) from error
     except InputError as error:
         raise InputError(
             f"{namer.spec} names '{named}' as its base, and that is neither a folder here nor a Hub id",

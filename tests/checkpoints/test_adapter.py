@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import basiscli
-from basiscli import InputError, UsageError
+from basiscli import HubError, InputError, UsageError
 from basiscli.checkpoints.adapter import Adapter, AdapterView
-from basiscli.checkpoints.source import resolve
+from basiscli.checkpoints.source import resolve, resolve_base
 from basiscli.checkpoints.views import Checkpoint
 from tests.conftest import Tensors, basis_process, read_checkpoint, write_checkpoint
 
@@ -626,3 +626,11 @@ def test_a_named_base_that_is_gone(home: Path, tmp_path: Path) -> None:
     assert "names '/gone/base' as its base" in caught.value.what
     assert caught.value.file == str(orphan)
     assert caught.value.remedy is not None and "--base" in caught.value.remedy
+
+
+def test_a_base_that_the_hub_does_not_give_can_be_said(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(HubError, match="adapter names org/base as its base") as caught:
+        resolve_base("org/base", resolve(str(tmp_path / "adapter")))
+    assert "--base" in (caught.value.remedy or "")
