@@ -60,7 +60,7 @@ class TensorReader:
             self._base_square += inner(base, base)
             part = gram([(x - base).reshape(-1) for x in self._others(rows, base)])
             total = part if total is None else total + part
-        assert total is not None
+        assert total is not None  # there is always one block, if an empty one
         return total.cpu()
 
     def task_vectors(self) -> Iterator[Tensor | LowRank]:
@@ -73,7 +73,8 @@ class TensorReader:
                 if factor.rank:
                     yield factor.scaled(weight)
                 continue
-            base = self.base(None) if base is None else base
+            # `statistics` has checked and digested what is read here once more.
+            base = self._convert(self.plan.reference.read(self.name)) if base is None else base
             values = self._convert(model.read(self.name)) if self.name in model.tensors else base
             yield (values - base) * weight if weight != 1.0 else values - base
 
