@@ -164,6 +164,13 @@ class TaskVectorMerge(ABC):
     def scale(self, norms: Norms) -> dict[str, float]:
         """Return the numbers of the whole merge; the one named 'scale' multiplies S."""
 
+    def elementwise(self, kind: Kind) -> bool:
+        """Return whether each element of S depends only on the task vectors' elements at its place.
+
+        Dense tensors of such kinds come in blocks of rows, and what `merge` says about them is not kept.
+        """
+        return False
+
     @staticmethod
     def onto_weight(history: History) -> float:
         """Return what multiplies an earlier result's task vector to give back its S."""

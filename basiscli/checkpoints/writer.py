@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basiscli.checkpoints.digests import digest, stored_digest
-from basiscli.checkpoints.dtypes import DTYPES, raw_bytes
+from basiscli.checkpoints.digests import stored_digest
+from basiscli.checkpoints.dtypes import raw_bytes
 from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
 from basiscli.checkpoints.layout import METADATA, Layout
 from basiscli.checkpoints.views import INDEX_FILE
@@ -211,19 +212,27 @@ class PartialOutput:
         os.write(self._journal, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
 
 
-def write_file(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write a small safetensors file at once (scratch results); return the digest of its bytes."""
-    words = {spec.torch_name: word for word, spec in DTYPES.items()}
-    specs = [TensorSpec(n, words[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in tensors.items()]
-    header, offsets = encode_header(specs, METADATA)
+def write_file(file: Path, tensors: Iterable[TensorSpec], data: Iterable[torch.Tensor]) -> str:
+    """Write a safetensors file from front to back (scratch results); return the digest of its bytes.
+
+    Args:
+        file: the file to make.
+        tensors: what it holds, in order.
+        data: their data in the same order, each tensor whole or in consecutive rows.
+    """
+    header, _ = encode_header(tensors, METADATA)
+    state, position = hashlib.sha256(header), len(header)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         _write_all(descriptor, memoryview(header), 0, file)
-        for name, tensor in tensors.items():
-            _write_all(descriptor, raw_bytes(tensor), offsets[name], file)
+        for part in data:
+            chunk = raw_bytes(part.cpu())
+            _write_all(descriptor, chunk, position, file)
+            state.update(chunk)
+            position += len(chunk)
     finally:
         os.close(descriptor)
-    return digest([header, *(raw_bytes(tensor) for tensor in tensors.values())])
+    return state.hexdigest()
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int, file: Path) -> None:

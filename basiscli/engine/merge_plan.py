@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.dtypes import tensor_bytes
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
@@ -185,7 +186,8 @@ def workspace(plan: MergePlan, name: str) -> int:
     """Return the bytes of memory that the work on one tensor takes, at most."""
     tensor = plan.reference.tensors[name]
     count, models = tensor.count, len(plan.models)
-    if plan.two_passes and any(not _stays_low_rank(model, name) for model in plan.models):
+    is_matrix = kind_by_name(tensor) in {Kind.LINEAR, None}
+    if plan.two_passes and is_matrix and any(not _stays_low_rank(model, name) for model in plan.models):
         side = min(tensor.shape) if len(tensor.shape) == 2 else 0
         # S, T, U and the result in float32; SᵀS, its eigenvectors and LAPACK's workspace in float64.
         return 16 * count + 6 * 8 * side * side

@@ -16,6 +16,7 @@ from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.architecture import Kind, Kinds, kind_by_name, kinds
 from basiscli.checkpoints.digests import digest, file_digest
 from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
@@ -135,25 +136,45 @@ class MergeRun:
 
     def _merge_task_vectors(self, method: TaskVectorMerge, name: str) -> dict[str, Any]:
         """Merge the task vectors of one tensor and keep the result as scratch."""
-        first_look, shape = self._reader(name), self.plan.reference.tensors[name].shape
-        grams = first_look.statistics()
-        vectors = TaskVectors(
-            name, self.kinds.by_name[name], shape, first_look.weight_norm, self._reader(name).task_vectors
-        )
+        kind, shape = self.kinds.by_name[name], self.plan.reference.tensors[name].shape
+        file = self.output.scratch / f"{digest([name.encode()])[:32]}.safetensors"
+        read = self._reader(name)
+        entry: dict[str, Any] = {"merged": 0.0}
+        if method.elementwise(kind) and not read.in_factors:
+            spec = TensorSpec("dense", read.dtype, shape)
+            blocks = self._merge_blocks(method, name, read, entry)
+            return {"scratch_digest": write_file(file, [spec], blocks), "scratch": file.name} | entry
+        entry["gram"] = read.statistics().tolist()
+        entry["inputs"] = read.digests()
+        vectors = TaskVectors(name, kind, shape, read.weight_norm, self._reader(name).task_vectors)
         merged, details = method.merge(vectors)
-        entry: dict[str, Any] = {
-            "inputs": first_look.digests(),
-            "gram": grams.tolist(),
-            "merged": 0.0,
-        } | details
+        entry |= details
         if merged is None:
             return entry
         entry["merged"] = inner(merged, merged)
-        entry["scratch"] = f"{digest([name.encode()])[:32]}.safetensors"
         parts = {"b": merged.b, "a": merged.a} if isinstance(merged, LowRank) else {"dense": merged}
-        file = self.output.scratch / entry["scratch"]
-        entry["scratch_digest"] = write_file(file, {key: part.cpu() for key, part in parts.items()})
-        return entry
+        specs = [
+            TensorSpec(key, "F64" if p.dtype == torch.float64 else "F32", tuple(p.shape)) for key, p in parts.items()
+        ]
+        return entry | {"scratch_digest": write_file(file, specs, parts.values()), "scratch": file.name}
+
+    def _merge_blocks(
+        self, method: TaskVectorMerge, name: str, read: TensorReader, entry: dict[str, Any]
+    ) -> Iterator[Tensor]:
+        """Yield S in blocks of rows, for kinds of tensors where the method works element by element."""
+        grams: Tensor | None = None
+        for rows in read.blocks():
+            differences = read.differences(rows)
+            part = gram([difference.reshape(-1) for difference in differences])
+            grams = part if grams is None else grams + part
+            weighted = [d * w if w != 1.0 else d for d, w in zip(differences, read.factors, strict=True)]
+            vectors = TaskVectors(name, self.kinds.by_name[name], weighted[0].shape, 0.0, lambda w=weighted: iter(w))  # type: ignore[misc]
+            merged, _ = method.merge(vectors)
+            assert isinstance(merged, Tensor)  # dense in, dense out
+            entry["merged"] += inner(merged, merged)
+            yield merged
+        assert grams is not None  # there is always one block, if an empty one
+        entry |= {"gram": grams.tolist(), "inputs": read.digests()}
 
     def _write_sum(self, name: str) -> dict[str, Any]:
         """Write base + scale · S for one tensor."""

@@ -48,17 +48,36 @@ class TensorReader:
         """Return some rows of the reference alone."""
         return self._read(-1, self.plan.reference, rows)
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the arithmetic: F32, or F64 where any input is F64."""
+        return "F64" if self._wide else "F32"
+
+    @property
+    def in_factors(self) -> bool:
+        """Whether every model's task vector is a product of two factors."""
+        return all(isinstance(model, AdapterView) and model.is_low_rank(self.name) for model in self.plan.models)
+
+    @property
+    def factors(self) -> list[float]:
+        """What multiplies each task vector: the first may be an earlier sum that is taken back to its own scale."""
+        first = self.plan.weights[0] if self.plan.history else 1.0
+        return [first, *(1.0 for _ in self.plan.models[1:])]
+
+    def differences(self, rows: slice | None) -> list[Tensor]:
+        """Return some rows of every model's task vector, dense."""
+        base = self.base(rows)
+        self._base_square += inner(base, base)
+        return [values - base for values in self._others(rows, base)]
+
     def statistics(self) -> Tensor:
         """Read everything once: check that it is finite, digest it, and return the task vectors' inner products."""
-        factors = [self._low_rank(model) for model in self.plan.models]
-        if all(factor is not None for factor in factors):
-            vectors = [factor for factor in factors if factor is not None]
+        if self.in_factors:
+            vectors = [self._low_rank(model) for model in self.plan.models]
             return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
         total: Tensor | None = None
         for rows in self.blocks():
-            base = self.base(rows)
-            self._base_square += inner(base, base)
-            part = gram([(x - base).reshape(-1) for x in self._others(rows, base)])
+            part = gram([difference.reshape(-1) for difference in self.differences(rows)])
             total = part if total is None else total + part
         assert total is not None  # there is always one block, if an empty one
         return total.cpu()
@@ -66,17 +85,16 @@ class TensorReader:
     def task_vectors(self) -> Iterator[Tensor | LowRank]:
         """Yield the task vectors one at a time; see `TaskVectors`."""
         base: Tensor | None = None
-        for place, model in enumerate(self.plan.models):
-            weight = self.plan.weights[place] if self.plan.history and place == 0 else 1.0
-            factor = self._low_rank(model)
-            if factor is not None:
-                if factor.rank:
-                    yield factor.scaled(weight)
+        for model, factor in zip(self.plan.models, self.factors, strict=True):
+            if isinstance(model, AdapterView) and model.is_low_rank(self.name):
+                update = self._low_rank(model)
+                if update.rank:
+                    yield update.scaled(factor)
                 continue
             # `statistics` has checked and digested what is read here once more.
             base = self._convert(self.plan.reference.read(self.name)) if base is None else base
             values = self._convert(model.read(self.name)) if self.name in model.tensors else base
-            yield (values - base) * weight if weight != 1.0 else values - base
+            yield (values - base) * factor if factor != 1.0 else values - base
 
     @property
     def weight_norm(self) -> float:
@@ -87,18 +105,16 @@ class TensorReader:
         """Return the digests of what was read, by the model's place ('-1' for the base)."""
         return {str(place): hasher.hexdigest() for place, hasher in self._hashers.items()}
 
-    def _low_rank(self, model: Model) -> LowRank | None:
-        """Return a model's task vector in factors (of rank 0 where it has none); None if only dense will do."""
-        if not isinstance(model, AdapterView) or not model.is_low_rank(self.name):
-            return None
-        factor = model.low_rank(self.name)
-        if factor is None:
-            width = math.prod(self.shape[1:])
-            rows = self.shape[0] if self.shape else 1
-            return LowRank(torch.zeros(rows, 0), torch.zeros(0, width), self.shape).to(self.device)
-        if not (is_finite(factor.b) and is_finite(factor.a)):
+    def _low_rank(self, model: Model) -> LowRank:
+        """Return an adapter's task vector in factors, of rank 0 where it leaves the tensor alone."""
+        assert isinstance(model, AdapterView)
+        update = model.low_rank(self.name)
+        if update is None:
+            rows, columns = self.shape[0] if self.shape else 1, math.prod(self.shape[1:])
+            return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns), self.shape).to(self.device)
+        if not (is_finite(update.b) and is_finite(update.a)):
             self._refuse_nonfinite(model)
-        return factor.to(self.device)
+        return update.to(self.device)
 
     def _read_model(self, place: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
         if self.name not in model.tensors:

@@ -60,6 +60,10 @@ class Ortho(TaskVectorMerge):
                 merged = merged + task_vector
         return merged, {"r": closed} if closed else {}
 
+    def elementwise(self, kind: Kind) -> bool:
+        """Return True for all but linear weights, which are decomposed."""
+        return kind is not Kind.LINEAR
+
     def scale(self, norms: Norms) -> dict[str, float]:
         """Return the scale that makes the merged task vector as long as the average one (the paper's 1/λ)."""
         total, count = sum(norms.task_vectors), len(norms.task_vectors)
