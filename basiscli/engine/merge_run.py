@@ -23,7 +23,7 @@ from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.engine.local import Progress, Task, run_tasks
 from basiscli.engine.merge_plan import MergePlan, factor_keys, workspace
 from basiscli.engine.tensor_reader import TensorReader, is_finite
-from basiscli.errors import InputError, ResourceError
+from basiscli.errors import BasisError, InputError, ResourceError
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.transforms import Norms, TaskVectorMerge, TaskVectors
 
@@ -125,6 +125,12 @@ class MergeRun:
             base, others = read.block(rows)
             available = {"base": base, "others": others, "weights": plan.weights, "seed": self._seed(name)}
             merged = plan.method.call(plan.values, available)
+            if merged.shape != others[0].shape:  # it would run over its neighbours in the file
+                raise BasisError(
+                    f"{plan.method.name} made {list(merged.shape)} of tensors of shape {list(others[0].shape)}",
+                    tensor=name,
+                    remedy="a merge method returns a tensor of its inputs' shape; report this to its author",
+                )
             if base is not None:
                 part = gram([(x - base).reshape(-1) for x in [*others, merged]])
                 grams = part if grams is None else grams + part

@@ -130,3 +130,19 @@ def test_a_seed_depends_on_the_name_and_not_on_the_order(family: dict[str, Path]
         )  # fmt: skip
         digests[workers, seed] = result.report.weights_digest
     assert digests[1, 0] == digests[4, 0] != digests[1, 1]
+
+
+def test_a_result_of_another_shape_is_refused(family: dict[str, Path], tmp_path: Path, basis: Basis) -> None:
+    file = tmp_path / "flat.py"
+    file.write_text(
+        "from basiscli import transform\n"
+        '@transform("merge")\n'
+        "def flat(others):\n"
+        '    "All in a row."\n'
+        "    return others[0].reshape(-1).repeat(2)\n"
+    )
+    result = basis("merge", family["a"], family["b"], "-m", "flat", "-o", tmp_path / "out", "--plugin", file)
+    assert result.exit_code == 1
+    assert "flat made [" in result.stderr
+    assert "tensor:" in result.stderr
+    assert not (tmp_path / "out").exists()
