@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
 
-from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.local import Progress, Silent, default_workers
@@ -153,7 +152,7 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
 def _adapter_config(plan: MergePlan, rank: int) -> bytes:
     from basiscli.checkpoints.sidecars import adapter_config
 
-    views = [model for model in plan.models if isinstance(model, AdapterView)]
+    views = plan.views
     modules = {module for view in views for module in view.modules.values()}
     named, base = views[-1].source.base_model, plan.reference.source
     # A relative path would point elsewhere from the new folder; the Hub's name or an absolute path stays.

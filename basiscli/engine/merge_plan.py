@@ -75,6 +75,11 @@ class MergePlan:
         return self.base or (first if isinstance(first, Checkpoint) else first.base)
 
     @property
+    def views(self) -> list[AdapterView]:
+        """The models that are adapters."""
+        return [model for model in self.models if isinstance(model, AdapterView)]
+
+    @property
     def two_passes(self) -> bool:
         """Whether the method needs a number over the whole model before any tensor can be finished."""
         return self.method.keeps_factors
@@ -169,9 +174,8 @@ def plan_merge(
         layout = Layout.plan(specs, settings.shard_bytes, single_file=ADAPTER_FILE)
     else:
         rank = None
-        outputs = [
-            _output(reference.tensors[n], settings.dtype if n in set(merged) else None) for n in [*merged, *copied]
-        ]
+        outputs = [_output(reference.tensors[name], settings.dtype) for name in merged]
+        outputs += [_output(reference.tensors[name], None) for name in copied]
         layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
     notes = sort.notes + common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
     plan = MergePlan(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.architecture import Kind, Kinds, kind_by_name, kinds
 from basiscli.checkpoints.digests import digest, file_digest
 from basiscli.checkpoints.dtypes import torch_dtype
@@ -86,7 +85,7 @@ class MergeRun:
             )
         )
         if self.plan.adapter_rank is not None:
-            touched = [name for name in self.plan.merged if any(name in v.modules for v in self._views())]
+            touched = [name for name in self.plan.merged if any(name in v.modules for v in self.plan.views)]
             self._pass("writing", WRITE, touched, self._write_factors)
         else:
             self._pass("writing", WRITE, [*self.plan.merged, *self.plan.copied], self._write_sum)
@@ -168,18 +167,16 @@ class MergeRun:
         self, method: TaskVectorMerge, name: str, read: TensorReader, entry: dict[str, Any]
     ) -> Iterator[Tensor]:
         """Yield S in blocks of rows, for kinds of tensors where the method works element by element."""
-        grams: Tensor | None = None
+        grams = read.zero_gram()
         for rows in read.blocks():
-            differences = read.differences(rows)
-            part = gram([difference.reshape(-1) for difference in differences])
-            grams = part if grams is None else grams + part
+            differences = read.differences(rows, read.base(rows))
+            grams += gram([difference.reshape(-1) for difference in differences])
             weighted = [d * w if w != 1.0 else d for d, w in zip(differences, read.factors, strict=True)]
             vectors = TaskVectors(name, self.kinds.by_name[name], weighted[0].shape, 0.0, lambda w=weighted: iter(w))  # type: ignore[misc]
             merged, _ = method.merge(vectors)
             assert isinstance(merged, Tensor)  # dense in, dense out
             entry["merged"] += inner(merged, merged)
             yield merged
-        assert grams is not None  # there is always one block, if an empty one
         entry |= {"gram": grams.tolist(), "inputs": read.digests()}
 
     def _write_sum(self, name: str) -> dict[str, Any]:
@@ -205,7 +202,7 @@ class MergeRun:
 
     def _write_factors(self, name: str) -> dict[str, Any]:
         """Write scale · S of one weight as the two factors of a LoRA adapter, balanced: B = U √σ, A = √σ Vᵀ."""
-        view = next(view for view in self._views() if name in view.modules)
+        view = next(view for view in self.plan.views if name in view.modules)
         key_a, key_b = factor_keys(view, name)
         specs = self.plan.layout.tensors
         a, b = torch.zeros(specs[key_a].shape), torch.zeros(specs[key_b].shape)
@@ -250,9 +247,6 @@ class MergeRun:
 
     def _reader(self, name: str) -> TensorReader:
         return TensorReader(self.plan, name, self.device)
-
-    def _views(self) -> list[AdapterView]:
-        return [model for model in self.plan.models if isinstance(model, AdapterView)]
 
     @contextmanager
     def _scratch(self, name: str) -> Iterator[Checkpoint | None]:

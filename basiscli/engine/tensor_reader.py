@@ -27,6 +27,8 @@ class TensorReader:
         self.shape = self.plan.reference.tensors[name].shape
         # Digests of what is read in order from its first to its last row; keyed by the model's place, -1 for the base.
         self._hashers: dict[int, Any] = {}
+        # The factors of adapters, small and needed again for every block of rows.
+        self._updates: dict[AdapterView, LowRank] = {}
         self._base_square = 0.0
         self._wide = any(
             name in m.tensors and m.tensors[name].dtype == "F64" for m in [self.plan.reference, *self.plan.models]
@@ -64,10 +66,13 @@ class TensorReader:
         first = self.plan.weights[0] if self.plan.history else 1.0
         return [first, *(1.0 for _ in self.plan.models[1:])]
 
-    def differences(self, rows: slice | None) -> list[Tensor]:
-        """Return some rows of every model's task vector, dense."""
-        base = self.base(rows)
-        self._base_square += inner(base, base)
+    def zero_gram(self) -> Tensor:
+        """Return the matrix of inner products of no rows yet."""
+        count = len(self.plan.models)
+        return torch.zeros(count, count, dtype=torch.float64, device=self.device)
+
+    def differences(self, rows: slice | None, base: Tensor) -> list[Tensor]:
+        """Return some rows of every model's task vector, dense, given those of the base."""
         return [values - base for values in self._others(rows, base)]
 
     def statistics(self) -> Tensor:
@@ -75,11 +80,11 @@ class TensorReader:
         if self.in_factors:
             vectors = [self._low_rank(model) for model in self.plan.models]
             return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
-        total: Tensor | None = None
+        total = self.zero_gram()
         for rows in self.blocks():
-            part = gram([difference.reshape(-1) for difference in self.differences(rows)])
-            total = part if total is None else total + part
-        assert total is not None  # there is always one block, if an empty one
+            base = self.base(rows)
+            self._base_square += inner(base, base)
+            total += gram([difference.reshape(-1) for difference in self.differences(rows, base)])
         return total.cpu()
 
     def task_vectors(self) -> Iterator[Tensor | LowRank]:
@@ -108,6 +113,11 @@ class TensorReader:
     def _low_rank(self, model: Model) -> LowRank:
         """Return an adapter's task vector in factors, of rank 0 where it leaves the tensor alone."""
         assert isinstance(model, AdapterView)
+        if model not in self._updates:
+            self._updates[model] = self._read_low_rank(model)
+        return self._updates[model]
+
+    def _read_low_rank(self, model: AdapterView) -> LowRank:
         update = model.low_rank(self.name)
         if update is None:
             rows, columns = self.shape[0] if self.shape else 1, math.prod(self.shape[1:])
@@ -121,9 +131,11 @@ class TensorReader:
             return base.clone() if base is not None else self._convert(self.plan.reference.read(self.name, rows))
         if isinstance(model, Checkpoint):
             return self._read(place, model, rows)
-        if base is not None and not model.changes(self.name):
-            return base.clone()
-        values = self._convert(model.read(self.name, rows))
+        if base is not None and model.is_low_rank(self.name):  # the base is at hand: do not read it once an adapter
+            update = self._low_rank(model)
+            values = base + update.dense(rows) if update.rank else base.clone()
+        else:
+            values = self._convert(model.read(self.name, rows))
         if not is_finite(values):
             self._refuse_nonfinite(model)
         return values

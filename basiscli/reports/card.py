@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.merge_plan import MergePlan
 from basiscli.reports.schema import Report
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEMPLATE = files("basiscli.reports") / "templates" / "model_card.md.jinja"
 
 
@@ -76,7 +75,7 @@ def _base_models(plan: MergePlan) -> list[str]:
     named: list[str] = []
     for model in [*plan.models, *([plan.base] if plan.base else [])]:
         for name in (model.source.repo_id, model.source.base_model):
-            if name and _HUB_ID.fullmatch(name) and name not in named:
+            if name and is_hub_id(name) and "@" not in name and name not in named:
                 named.append(name)
     return named
 

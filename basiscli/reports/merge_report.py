@@ -15,6 +15,7 @@ from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.engine.compatibility import Model
+from basiscli.engine.merge_plan import factor_keys
 from basiscli.engine.merge_run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key
 from basiscli.reports.schema import (
@@ -42,6 +43,8 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
         **run.numbers,
     }
     parameters = plan.values.model_dump(mode="json")
+    # The weight that each factor of an adapter belongs to; a checkpoint's tensors are their own.
+    weight_of = {key: name for view in plan.views for name in view.modules for key in factor_keys(view, name)}
     return Report(
         command="merge",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,7 +61,10 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
         else None,
         kinds_found_by=run.kinds.found_by,
         weights_digest=weights_digest(specs.values(), written),
-        tensors=[_tensor(run, journal, spec, written[spec.name]) for spec in sorted(specs.values(), key=_by_name)],
+        tensors=[
+            _tensor(run, journal, spec, weight_of.get(spec.name, spec.name), written[spec.name])
+            for spec in sorted(specs.values(), key=_by_name)
+        ],
         cost=Cost(
             seconds=round(seconds, 3),
             seconds_merging=round(seconds_merging, 3),
@@ -151,9 +157,8 @@ def _whole_model(run: MergeRun, journal: Journal) -> TaskVectorRecord | None:
     return TaskVectorRecord(norms=_norms(total), cosines=_cosines(total), merged_norm=scale * merged)
 
 
-def _tensor(run: MergeRun, journal: Journal, spec: TensorSpec, sha256: str) -> TensorRecord:
-    plan = run.plan
-    name = spec.name if plan.adapter_rank is None else _weight_of(run, spec.name)
+def _tensor(run: MergeRun, journal: Journal, spec: TensorSpec, name: str, sha256: str) -> TensorRecord:
+    """Return the record of one stored tensor; `name` is the weight that the journal knows it by."""
     entry = journal.get(f"{MERGE}:{name}", {})
     copied = entry.get("copied", False) or (journal.get(f"{WRITE}:{name}", {}).get("copied", False))
     record: dict[str, Any] = {}
@@ -173,12 +178,6 @@ def _tensor(run: MergeRun, journal: Journal, spec: TensorSpec, sha256: str) -> T
         action="copied" if copied else "merged",
         **record,
     )
-
-
-def _weight_of(run: MergeRun, factor: str) -> str:
-    module = factor.removeprefix("base_model.model.").rpartition(".lora_")[0]
-    views = [model for model in run.plan.models if isinstance(model, AdapterView)]
-    return next(name for view in views for name, known in view.modules.items() if known == module)
 
 
 def _norms(gram: Sequence[Sequence[float]]) -> list[float]:
