@@ -17,36 +17,65 @@ from typing import TYPE_CHECKING, Any
 from basiscli.version import __version__
 
 if TYPE_CHECKING:
+    from basiscli.api.compress import CompressResult, compress, plan_compress
     from basiscli.api.diff import TensorDifference, diff
+    from basiscli.api.evaluate import Evaluation, ModelFigures, evaluate
     from basiscli.api.inspect import Inspection, inspect
     from basiscli.api.merge import MergeResult, merge, plan_merge
     from basiscli.api.verify import Verification, verify
     from basiscli.checkpoints.architecture import Kind
     from basiscli.errors import BasisError, GateFailed, HubError, InputError, ResourceError, UsageError
     from basiscli.reports.schema import Report
-    from basiscli.transforms import History, Norms, Parameters, TaskVectorMerge, TaskVectors, transform
+    from basiscli.runtime.load import load
+    from basiscli.transforms import (
+        AttentionMoments,
+        History,
+        KVCompression,
+        Norms,
+        Parameters,
+        TaskVectorMerge,
+        TaskVectors,
+        transform,
+    )
 
 _HOMES = {
+    "basiscli.api.compress": ["CompressResult", "compress", "plan_compress"],
     "basiscli.api.diff": ["TensorDifference", "diff"],
+    "basiscli.api.evaluate": ["Evaluation", "ModelFigures", "evaluate"],
     "basiscli.api.inspect": ["Inspection", "inspect"],
     "basiscli.api.merge": ["MergeResult", "merge", "plan_merge"],
     "basiscli.api.verify": ["Verification", "verify"],
     "basiscli.checkpoints.architecture": ["Kind"],
     "basiscli.errors": ["BasisError", "GateFailed", "HubError", "InputError", "ResourceError", "UsageError"],
     "basiscli.reports.schema": ["Report"],
-    "basiscli.transforms": ["History", "Norms", "Parameters", "TaskVectorMerge", "TaskVectors", "transform"],
+    "basiscli.runtime.load": ["load"],
+    "basiscli.transforms": [
+        "AttentionMoments",
+        "History",
+        "KVCompression",
+        "Norms",
+        "Parameters",
+        "TaskVectorMerge",
+        "TaskVectors",
+        "transform",
+    ],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AttentionMoments",
     "BasisError",
+    "CompressResult",
+    "Evaluation",
     "GateFailed",
     "History",
     "HubError",
     "InputError",
     "Inspection",
+    "KVCompression",
     "Kind",
     "MergeResult",
+    "ModelFigures",
     "Norms",
     "Parameters",
     "Report",
@@ -57,9 +86,13 @@ __all__ = [
     "UsageError",
     "Verification",
     "__version__",
+    "compress",
     "diff",
+    "evaluate",
     "inspect",
+    "load",
     "merge",
+    "plan_compress",
     "plan_merge",
     "transform",
     "verify",

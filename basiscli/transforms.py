@@ -14,7 +14,8 @@ tensors of base's shape), `weights` (one float a model) and `seed` (an integer t
 tensor's name only). It returns a tensor of the same shape. `elementwise=True` says that every output element depends
 on the input elements at its place alone: the core may then pass blocks of rows instead of whole tensors.
 
-A method that needs one number over the whole model is a class derived from `TaskVectorMerge`.
+A method that needs one number over the whole model is a class derived from `TaskVectorMerge`; one that finds bases
+for a KV cache is derived from `KVCompression`.
 
 This module imports no torch, and a transform should not at its top either: `--dry-run` then answers at once.
 """
@@ -33,7 +34,7 @@ from basiscli.checkpoints.architecture import Kind
 from basiscli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from basiscli.linalg.lowrank import LowRank
 
@@ -177,6 +178,53 @@ class TaskVectorMerge(ABC):
         return 1.0 / history.numbers["scale"]
 
 
+@dataclass(frozen=True)
+class AttentionMoments:
+    """Second moments XᵀX over the calibration tokens, one matrix a layer and KV head: float64 [layers, heads, d, d]."""
+
+    keys: Tensor
+    """Of the keys as they are cached, after RoPE."""
+    values: Tensor
+    queries: Tensor
+    """Of the queries after RoPE, summed over the query heads that share the KV head."""
+    outputs: Tensor
+    """W_oᵀ W_o over the output projection's columns that read from the KV head: what an error of the value does."""
+
+
+class KVCompression(ABC):
+    """A method that finds an orthogonal basis of the keys and one of the values, for each layer and KV head.
+
+    Bases are float32 [layers, 2, KV heads, d, d] (keys first, then values), columns in falling importance. The core
+    runs the model; while it trains, `turned(start, free)` are the bases, `free` is what is learned (zeros at first),
+    and every step keeps the numbers of columns that `draw` returns.
+    """
+
+    Parameters: ClassVar[type[BaseModel]] = Parameters
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = parameters
+
+    @abstractmethod
+    def start(self, moments: AttentionMoments) -> Tensor:
+        """Return the bases before training."""
+
+    @abstractmethod
+    def turned(self, start: Tensor, free: Tensor) -> Tensor:
+        """Return the bases for free parameters of the same shape; those for zeros are the start."""
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], levels: int, generator: Generator) -> Tensor:
+        """Return how many of `levels` equal steps of columns each basis keeps in one training step (integers)."""
+
+    @abstractmethod
+    def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of logits [tokens, vocabulary] against the dense model's and the labels [tokens]."""
+
+    @abstractmethod
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Return AdamW's learning rate at a step, counted from 0."""
+
+
 def transform(
     family: Family,
     *,
@@ -185,7 +233,7 @@ def transform(
     elementwise: bool = False,
     onto_weight: OntoWeight | None = None,
 ) -> Callable[[Target], Target]:
-    """Make a function or a `TaskVectorMerge` class a transform.
+    """Make a function, a `TaskVectorMerge` or a `KVCompression` class a transform.
 
     Args:
         family: the command it serves.
@@ -197,7 +245,9 @@ def transform(
 
     def register(target: Target) -> Target:
         doc = inspect.getdoc(target) or ""
-        if isinstance(target, type) and issubclass(target, TaskVectorMerge):
+        if isinstance(target, type) and issubclass(target, KVCompression):
+            method = Method(family, name or target.__name__.lower(), doc, source, target.Parameters, target)
+        elif isinstance(target, type) and issubclass(target, TaskVectorMerge):
             method = Method(
                 family, name or target.__name__.lower(), doc, source, target.Parameters, target,
                 onto_weight=target.onto_weight,
@@ -210,7 +260,7 @@ def transform(
                 needs_base,
             )  # fmt: skip
         else:
-            raise TypeError("a transform is a function or a TaskVectorMerge class")
+            raise TypeError("a transform is a function, a TaskVectorMerge or a KVCompression class")
         target.basis_method = method  # type: ignore[attr-defined]
         return target
 

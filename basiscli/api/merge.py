@@ -119,7 +119,8 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT, PartialOutput
-    from basiscli.engine.merge_run import MergeRun, choose_device
+    from basiscli.engine.devices import choose_device
+    from basiscli.engine.merge_run import MergeRun
     from basiscli.reports.card import model_card
     from basiscli.reports.merge_report import build_report
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from basiscli.cli import demo, diff, inspect, merge, methods, verify
+from basiscli.cli import compress, demo, diff, evaluate, inspect, merge, methods, verify
 from basiscli.version import __version__
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("merge")(merge.merge)
+app.command("compress")(compress.compress)
+app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
 app.command("verify")(verify.verify)

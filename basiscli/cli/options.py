@@ -98,3 +98,24 @@ def parse_weights(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"not a list of numbers: '{text}'", remedy="write --weights 1,0.5,2") from error
+
+
+def one_of(option: str, word: str, known: tuple[str, ...]) -> str:
+    """Return a word that an option takes.
+
+    Raises:
+        UsageError: any other word.
+    """
+    if word not in known:
+        raise UsageError(f"{option} {word}", remedy=f"one of {', '.join(known)}")
+    return word
+
+
+def parse_integers(option: str, text: str | None) -> list[int]:
+    """Turn '512,2048' into numbers."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise UsageError(
+            f"{option}: not a list of whole numbers: '{text}'", remedy=f"write {option} 512,2048"
+        ) from error

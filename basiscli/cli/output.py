@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from basiscli.errors import BasisError
+from basiscli.names import format_size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -82,51 +83,57 @@ class Output:
 
 
 class Progress:
-    """Bars on stderr: tensors, bytes, rate and time left, one bar a pass."""
+    """Bars on stderr, one a pass: pieces of work, rate and time left."""
 
     def __init__(self, *, hidden: bool) -> None:
         self._hidden = hidden
         self._bars: RichProgress | None = None
         self._bar: Any = None
 
-    def start(self, what: str, tasks: int, size: int) -> None:
-        """Begin a pass of so many tasks and bytes."""
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
         if self._hidden or tasks == 0:
             return
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._bars is None:
             self._bars = Progress(
-                TextColumn("{task.description:>8}"),
+                TextColumn("{task.description:>10}"),
                 BarColumn(),
-                TextColumn("{task.fields[done]}/{task.fields[tasks]} tensors"),
-                DownloadColumn(),
-                TransferSpeedColumn(),
+                TextColumn("{task.fields[amount]}"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
             self._bars.start()
-        self._bar = self._bars.add_task(what, total=size, done=0, tasks=tasks)
+        self._bar = self._bars.add_task(what, total=size, done=0, tasks=tasks, unit=unit, amount="", note="")
 
     def advance(self, size: int) -> None:
-        """Note that one task of so many bytes is finished."""
+        """Note that one task of this size is finished."""
         if self._bars is not None:
             bar = next(task for task in self._bars.tasks if task.id == self._bar)
-            self._bars.update(self._bar, advance=size, done=bar.fields["done"] + 1)
+            done = bar.fields["done"] + 1
+            self._bars.update(self._bar, advance=size, done=done, amount=_amount(bar, done))
+
+    def note(self, text: str) -> None:
+        """Say how the work stands, beside the bar."""
+        if self._bars is not None:
+            self._bars.update(self._bar, note=text)
 
     def stop(self) -> None:
         """End the display."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+
+
+def _amount(bar: Any, done: int) -> str:
+    """Return pieces done of all, and the rate."""
+    count = f"{done}/{bar.fields['tasks']}"
+    if bar.fields["unit"] == "bytes":
+        return f"{count} tensors, {format_size(int(bar.completed))}, {format_size(int(bar.speed or 0))}/s"
+    return f"{count}, {bar.speed or 0:.1f} {bar.fields['unit']}/s"
 
 
 @contextmanager

@@ -29,11 +29,14 @@ class Task:
 class Progress(Protocol):
     """What shows how far a run is."""
 
-    def start(self, what: str, tasks: int, size: int) -> None:
-        """Begin a pass of so many tasks and bytes."""
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
 
     def advance(self, size: int) -> None:
-        """Note that one task of so many bytes is finished."""
+        """Note that one task of this size is finished."""
+
+    def note(self, text: str) -> None:
+        """Say how the work stands, beside the bar."""
 
     def stop(self) -> None:
         """End the display."""
@@ -42,10 +45,13 @@ class Progress(Protocol):
 class Silent:
     """No display."""
 
-    def start(self, what: str, tasks: int, size: int) -> None:
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
         """Show nothing."""
 
     def advance(self, size: int) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
         """Show nothing."""
 
     def stop(self) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import BaseModel
 
 from basiscli.checkpoints.source import Source, is_hub_id, resolve, resolve_base
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import JOURNAL, REPORT, partial_folder, replaced_folder
+from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError, UsageError
 from basiscli.reports.schema import Continuation, read_report
 from basiscli.transforms import History, Method
@@ -100,36 +99,3 @@ def _continuation(onto: Source, method: Method) -> Continuation:
             remedy=f"--method {record.method}",
         )
     return record
-
-
-def output_place(
-    out: str | Path | None, method: str, inputs: list[Source], reference: Checkpoint, overwrite: bool
-) -> Path:
-    """Return where the result goes: never into an input, never over something that basis did not write."""
-    place = Path(out) if out is not None else Path(f"merge-{method}")
-    place = place.expanduser().resolve()
-    partial, replaced = partial_folder(place), replaced_folder(place)
-    for path in {source.path for source in [*inputs, reference.source]}:
-        if path in {place, *place.parents}:
-            raise UsageError(f"the output would lie inside an input: {place}", file=path, remedy="choose another -o")
-        if {place, partial, replaced} & {path, *path.parents}:
-            raise UsageError(f"the output would hold an input: {place}", file=path, remedy="choose another -o")
-    for folder, mark in ((partial, JOURNAL), (replaced, REPORT)):
-        if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise UsageError(
-                f"{folder.name} is in the way and was not written by basis",
-                file=folder,
-                remedy="move it away, or choose another -o",
-            )
-    if place.is_file():
-        raise UsageError("the output is a file", file=place, remedy="choose another -o")
-    if place.is_dir() and any(place.iterdir()):
-        if not overwrite:
-            raise UsageError("the output exists", file=place, remedy="choose another -o, or add --overwrite")
-        if not (place / REPORT).is_file():
-            raise UsageError(
-                "the output exists and was not written by basis: it is not overwritten",
-                file=place,
-                remedy="remove it yourself, or choose another -o",
-            )
-    return place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,11 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source, resolve
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import partial_folder
 from basiscli.engine.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
 from basiscli.engine.local import default_workers, peak_workspace
-from basiscli.engine.merge_inputs import find_base, merge_weights, output_place
-from basiscli.errors import InputError, ResourceError, UsageError
+from basiscli.engine.merge_inputs import find_base, merge_weights
+from basiscli.engine.output_place import check_disk, output_place
+from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
 from basiscli.transforms import History, Method
 from basiscli.version import __version__
@@ -179,10 +178,13 @@ def plan_merge(
         layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
     notes = sort.notes + common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
     plan = MergePlan(
-        output_place(out, method.name, inputs, reference, settings.overwrite), method, values, opened, all_weights,
+        output_place(
+            f"merge-{method.name}" if out is None else out, [*inputs, reference.source], overwrite=settings.overwrite
+        ),
+        method, values, opened, all_weights,
         base_checkpoint, history, merged, copied, layout, rank, notes, settings,
     )  # fmt: skip
-    _check_disk(plan)
+    check_disk(plan.out, plan.write_bytes + plan.scratch_bytes)
     return plan
 
 
@@ -258,16 +260,3 @@ def factor_keys(view: AdapterView, name: str) -> tuple[str, str]:
     """Return the names that PEFT gives the two factors of a weight."""
     module = f"base_model.model.{view.modules[name]}"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def _check_disk(plan: MergePlan) -> None:
-    parent = next(folder for folder in plan.out.parents if folder.is_dir())
-    partial = partial_folder(plan.out)
-    taken = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
-    needed, free = plan.write_bytes + plan.scratch_bytes, shutil.disk_usage(parent).free + taken
-    if needed > free:
-        raise ResourceError(
-            f"not enough disk space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-            file=parent,
-            remedy="free some space or choose another -o",
-        )

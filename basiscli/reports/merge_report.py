@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import AdapterView
@@ -18,6 +14,7 @@ from basiscli.engine.compatibility import Model
 from basiscli.engine.merge_plan import factor_keys
 from basiscli.engine.merge_run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key
+from basiscli.reports.facts import license_of, peak_memory_bytes, versions
 from basiscli.reports.schema import (
     Continuation,
     Cost,
@@ -27,7 +24,6 @@ from basiscli.reports.schema import (
     TaskVectorRecord,
     TensorRecord,
 )
-from basiscli.version import __version__
 
 Journal = Mapping[str, dict[str, Any]]
 
@@ -79,26 +75,6 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
     )
 
 
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux; getrusage there also counts what the parent held before the exec
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computed the result."""
-    found = {"basiscli": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "safetensors", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _sources(run: MergeRun, journal: Journal) -> list[SourceRecord]:
     plan = run.plan
     records = []
@@ -122,16 +98,10 @@ def _source(role: Any, model: Model, weight: float | None, read: Mapping[str, st
         kind="adapter" if isinstance(model, AdapterView) else "checkpoint",
         repo_id=source.repo_id,
         revision=source.revision,
-        license=license_of(model),
+        license=license_of(source),
         weight=weight,
         digest=weights_digest(stored.values(), sha256) if sha256 else None,
     )
-
-
-def license_of(model: Model) -> str | None:
-    """Return the licence that a model's card names."""
-    name = model.source.card.get("license")
-    return name if isinstance(name, str) else None
 
 
 def _read_digests(journal: Journal, place: str) -> dict[str, str]:

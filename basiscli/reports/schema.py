@@ -55,7 +55,8 @@ class TensorRecord(_Record):
     dtype: str
     shape: tuple[int, ...]
     sha256: str
-    action: Literal["merged", "copied"]
+    action: Literal["merged", "copied", "rotated"]
+    """rotated: the bases of the values were folded in."""
     norms: list[float] | None = None
     cosines: list[list[float | None]] | None = None
     merged_norm: float | None = None
@@ -71,6 +72,38 @@ class TaskVectorRecord(_Record):
     merged_norm: float
 
 
+class CalibrationRecord(_Record):
+    """The text that bases and ranks were found with."""
+
+    name: str
+    tokens: int
+    sha256: str
+    """Of the token ids."""
+
+
+class KVRecord(_Record):
+    """A compressed KV cache."""
+
+    key_ranks: list[list[int]]
+    """Dimensions kept, one number a KV head, one list a layer."""
+    value_ranks: list[list[int]]
+    head_dim: int
+    kept: float
+    """Share of the cache's bytes."""
+    bytes_per_token: int
+    """Of the small cache in the weights' dtype, all layers."""
+    dense_bytes_per_token: int
+    values_folded: bool
+    search: str
+    trained_steps: int
+    trained_tokens: int
+    losses: list[float]
+    """Mean loss of each hundredth of the training."""
+    calibration: CalibrationRecord | None = None
+    engines: dict[str, str]
+    """Which engine can use what of this folder."""
+
+
 class Continuation(_Record):
     """What `--onto` needs to continue this merge."""
 
@@ -84,7 +117,9 @@ class Cost(_Record):
     """What the run took."""
 
     seconds: float
-    seconds_merging: float
+    seconds_merging: float | None = None
+    seconds_of: dict[str, float] | None = None
+    """Of each part of the work (compress)."""
     peak_memory_bytes: int
     """Of the whole process."""
     read_bytes: int
@@ -99,7 +134,7 @@ class Report(_Record):
     """The whole report."""
 
     schema_version: int = SCHEMA_VERSION
-    command: Literal["merge"]
+    command: Literal["merge", "compress"]
     created: str
     method: MethodRecord
     sources: list[SourceRecord]
@@ -109,6 +144,7 @@ class Report(_Record):
     """Named numbers of the whole run."""
     task_vectors: TaskVectorRecord | None = None
     continuation: Continuation | None = None
+    kv: KVRecord | None = None
     kinds_found_by: Literal["names", "model"]
     weights_digest: str
     """SHA-256 of the lines `name dtype shape sha256` of all tensors in order of their names: the same however a

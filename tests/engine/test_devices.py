@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import basiscli
+from basiscli.engine.devices import choose_device
 from basiscli.engine.local import Silent, Task, peak_workspace, run_tasks
-from basiscli.engine.merge_run import choose_device
 from basiscli.engine.tensor_reader import TensorReader
 from tests.conftest import read_checkpoint
 

@@ -1,0 +1,157 @@
+"""Compressing a model's KV cache by orthogonal projections."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from basiscli.checkpoints.dtypes import parse_dtype
+from basiscli.checkpoints.source import resolve
+from basiscli.engine.kv_plan import Export, KVPlan, KVSettings, Search, plan_kv
+from basiscli.engine.local import Progress, Silent, default_workers
+from basiscli.errors import InputError, UsageError
+from basiscli.names import parse_size
+from basiscli.registry import Registry
+from basiscli.reports.schema import Report
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """Where the result is, and its report."""
+
+    path: Path
+    report: Report
+
+
+class CompressOptions(TypedDict, total=False):
+    """What `compress` and `plan_compress` take by name; `compress` documents each."""
+
+    kv_ratio: float | None
+    kv_budget: float | None
+    method: str
+    parameters: Mapping[str, Any]
+    output: str | Path | None
+    calibration: str | Path | None
+    train_steps: int
+    batch: int
+    length: int
+    search: Search
+    fold_values: bool
+    export: Export | None
+    plugins: Sequence[str | Path]
+    device: str
+    dtype: str | None
+    shard_size: str
+    workers: int | None
+    seed: int
+    resume: bool
+    overwrite: bool
+
+
+_SETTINGS = (
+    "train_steps", "batch", "length", "search", "fold_values", "export", "device", "seed", "resume", "overwrite",
+)  # fmt: skip
+
+
+def compress(
+    model: str | Path = ".", *, progress: Progress | None = None, **options: Unpack[CompressOptions]
+) -> CompressResult:
+    """Make a model's KV cache smaller and return the new checkpoint's path and report.
+
+    Args:
+        model: a folder, a weights file or a Hub id; an earlier result keeps its bases and gets new ranks.
+        progress: what to tell how far the work is.
+        **options: by name:
+
+            kv_ratio: the share of the cache to remove, 0 ≤ ratio < 1 (0.6 leaves 40 % of the bytes).
+            kv_budget: the same said as the share to keep; one of the two is required.
+            method: a name that `basis methods` lists under compress; 'matryoshka' by default.
+            parameters: the method's parameters by name.
+            output: the folder to make; `../MODEL-kv0.6` beside the model by default.
+            calibration: text, JSONL, a folder of them, or safetensors tokens; a small built-in mix by default.
+            train_steps: steps of training; 0 for the bases without training.
+            batch: windows a step.
+            length: tokens a window.
+            search: how ranks are found: 'greedy' (measured on the model), 'spectrum' or 'uniform'.
+            fold_values: put the bases of the values into the weights.
+            export: 'remote-code' adds Python files with which plain transformers uses the small cache.
+            plugins: Python files with further methods.
+            device: 'auto', 'cpu', 'cuda', 'cuda:1'.
+            dtype: storage dtype of the result; by default as stored.
+            shard_size: size limit of a file, '5GB' by default.
+            workers: tensors written at a time.
+            seed: decides the windows and ranks of each training step.
+            resume: go on where an interrupted run stopped (default).
+            overwrite: replace an earlier output of basis.
+
+    Raises:
+        UsageError, InputError, HubError, ResourceError: see `basiscli.errors`. Nothing is then left under the output's
+            name; after an interruption the same call goes on where it stopped.
+    """
+    return run_compress(plan_compress(model, **options), progress or Silent())
+
+
+def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -> KVPlan:
+    """Return the plan of a compression without writing anything and without importing torch."""
+    ratio, budget = options.get("kv_ratio"), options.get("kv_budget")
+    if (ratio is None) == (budget is None):
+        raise UsageError("give one of kv_ratio and kv_budget", remedy="--kv-ratio 0.6 removes 60 % of the KV cache")
+    for name in ("train_steps", "batch", "length", "workers"):
+        least = {"train_steps": 0, "length": 16}.get(name, 1)
+        value: Any = options.get(name)
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}", remedy=f"at least {least}")
+    calibration = options.get("calibration")
+    if calibration is not None and not Path(calibration).exists():
+        raise InputError("no such calibration file", file=Path(calibration), remedy="check the path")
+    dtype = options.get("dtype")
+    settings = KVSettings(
+        calibration=None if calibration is None else str(calibration),
+        dtype=parse_dtype(dtype) if dtype else None,
+        shard_bytes=parse_size(options.get("shard_size", "5GB")),
+        workers=options.get("workers") or default_workers(),
+        **{name: options[name] for name in _SETTINGS if name in options},  # type: ignore[literal-required]
+    )
+    registry = Registry.with_files([Path(file) for file in options.get("plugins", ())])
+    return plan_kv(
+        resolve(str(model)),
+        1 - budget if budget is not None else float(ratio or 0.0),
+        registry.find("compress", options.get("method", "matryoshka")),
+        options.get("parameters", {}),
+        options.get("output"),
+        settings,
+    )
+
+
+def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
+    """Carry out a plan."""
+    started = time.monotonic()
+    from basiscli.checkpoints.sidecars import sidecar_files
+    from basiscli.checkpoints.writer import REPORT, PartialOutput
+    from basiscli.engine.devices import choose_device
+    from basiscli.engine.kv_run import KVRun
+    from basiscli.reports.kv_report import build_kv_report, kv_card
+    from basiscli.runtime.export import exported_files
+
+    device = choose_device(plan.settings.device)
+    output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
+    try:
+        run = KVRun(plan, output, progress, device)
+        found = run.run()
+        report = build_kv_report(run, found, seconds=time.monotonic() - started)
+        files = sidecar_files(plan.model, plan.settings.dtype, code=False) | found.files()
+        if plan.settings.export:
+            files |= exported_files(files["config.json"])
+        files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": kv_card(plan, report)}
+        output.commit(files, overwrite=plan.settings.overwrite)
+    except InputError:
+        output.discard()  # the same command would fail again: there is nothing to go on with
+        raise
+    finally:
+        progress.stop()
+        output.close()
+        plan.close()
+    return CompressResult(plan.out, report)

@@ -1,0 +1,1 @@
+"""Calibration: text to token batches, and what is measured on them."""

@@ -1,0 +1,204 @@
+"""Calibration text turned into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basiscli.checkpoints.digests import digest
+from basiscli.checkpoints.dtypes import raw_bytes
+from basiscli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUILT_IN = "built-in mix"
+_ADVICE = "give more text with --calibration: a file, a folder, JSONL, or a safetensors file of tokens"
+_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".html", ".c", ".js", ".tex", ".csv", ""}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens of one length, in the order of the text."""
+
+    ids: Tensor
+    """[windows, length] int64."""
+    labels: Tensor
+    """The token to be predicted at each place, −100 where none is (the last place of a window, padding)."""
+    attention_mask: Tensor | None
+    name: str
+    """Where the text came from."""
+    sha256: str
+    """Of the token ids' bytes."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding not counted."""
+        return int(self.ids.numel() if self.attention_mask is None else self.attention_mask.sum())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, places: Tensor | slice | list[int]) -> Windows:
+        """Return some of the windows."""
+        mask = None if self.attention_mask is None else self.attention_mask[places]
+        return Windows(self.ids[places], self.labels[places], mask, self.name, self.sha256)
+
+    def shortened(self, length: int) -> Windows:
+        """Return the windows cut to at most so many tokens."""
+        mask = None if self.attention_mask is None else self.attention_mask[:, :length]
+        labels = self.labels[:, :length].clone()
+        labels[:, -1] = -100
+        return Windows(self.ids[:, :length], labels, mask, self.name, self.sha256)
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model's forward takes."""
+        return {"input_ids": self.ids} | (
+            {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
+        )
+
+
+def read_windows(place: str | Path | None, tokenizer: Any, length: int, vocabulary: int) -> Windows:
+    """Read calibration text and cut it into windows of `length` tokens.
+
+    Args:
+        place: a text file, a JSONL file with a `text` field, a folder of such files, a safetensors file with
+            `input_ids` (and maybe `attention_mask` and `labels`), or None for the built-in mix.
+        tokenizer: the model's; a function of no arguments that returns it, so that tokens need none.
+        length: tokens a window.
+        vocabulary: the model's; larger token ids are refused.
+
+    Raises:
+        InputError: no such file, no text in it, fewer tokens than one window, or tokens of another vocabulary.
+    """
+    import torch
+
+    if place is not None and Path(place).suffix == ".safetensors":
+        return _tokens_of_file(Path(place), length, vocabulary)
+    name = BUILT_IN if place is None else Path(place).name
+    texts = list(_built_in() if place is None else _texts(Path(place)))
+    if not any(text.strip() for text in texts):
+        raise InputError("no text in the calibration data", file=place, remedy=_ADVICE)
+    tok = tokenizer()
+    end = tok.eos_token_id
+    ids: list[int] = []
+    for encoded in tok(texts, add_special_tokens=False)["input_ids"]:
+        ids += encoded
+        if end is not None:
+            ids.append(end)
+    if len(ids) < length:
+        raise InputError(
+            f"the calibration text has {len(ids)} tokens, fewer than one window of {length}", file=place, remedy=_ADVICE
+        )
+    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    _check_vocabulary(windows, vocabulary, place)
+    return Windows(windows, _next_tokens(windows), None, name, _digest(windows))
+
+
+def _digest(ids: Tensor) -> str:
+    return digest([raw_bytes(ids.contiguous())])
+
+
+def _next_tokens(ids: Tensor) -> Tensor:
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    return labels
+
+
+def _check_vocabulary(ids: Tensor, vocabulary: int, place: str | Path | None) -> None:
+    if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+        raise InputError(
+            f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}",
+            file=place,
+            remedy="the tokens were made with another tokenizer: make them with this model's",
+        )
+
+
+def _built_in() -> Iterator[str]:
+    for line in (files("basiscli.calibration") / "data" / "mix.jsonl").read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)["text"]
+
+
+def _texts(place: Path) -> Iterator[str]:
+    if not place.exists():
+        raise InputError("no such calibration file", file=place, remedy="check the path")
+    found = (
+        sorted(f for f in place.rglob("*") if f.is_file() and f.suffix in _TEXT_SUFFIXES) if place.is_dir() else [place]
+    )
+    for file in found:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            if place.is_dir():
+                continue
+            raise InputError(f"not readable as UTF-8 text: {error}", file=file, remedy=_ADVICE) from error
+        yield from _lines(file, text) if file.suffix == ".jsonl" else [text]
+
+
+def _lines(file: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            found = record["text"] if "text" in record else "\n".join(m["content"] for m in record["messages"])
+            if not isinstance(found, str):
+                raise TypeError("the text is no string")
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"line {number}: neither a `text` nor `messages` with a `content`: {error}",
+                file=file,
+                remedy='write one {"text": "…"} a line',
+            ) from error
+        yield found
+
+
+def _tokens_of_file(file: Path, length: int, vocabulary: int) -> Windows:
+    import torch
+
+    from basiscli.checkpoints.source import Source
+    from basiscli.checkpoints.views import Checkpoint
+
+    if not file.is_file():
+        raise InputError("no such calibration file", file=file, remedy="check the path")
+    stored = Checkpoint.open(Source(str(file), file))
+    try:
+        given = {
+            name: stored.read(name) for name in ("input_ids", "attention_mask", "labels") if name in stored.tensors
+        }
+    finally:
+        stored.close()
+    ids = given.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        raise InputError(
+            "no `input_ids` of shape [windows, tokens] in the calibration file",
+            file=file,
+            remedy="store integer tokens",
+        )
+    for name, other in given.items():
+        if other.shape != ids.shape:
+            raise InputError(
+                f"{list(other.shape)} is not the shape of input_ids, {list(ids.shape)}", file=file, tensor=name
+            )
+    ids = ids.long()
+    mask = given["attention_mask"].long() if "attention_mask" in given else None
+    _check_vocabulary(ids if mask is None else ids * mask, vocabulary, file)
+    labels = _next_tokens(ids)
+    if "labels" in given:  # as Trainer takes them: the token itself at its place, −100 where it does not count
+        labels = torch.where(_next_tokens(given["labels"].long()) == -100, -100, labels)
+    if mask is not None:
+        labels = torch.where((mask * mask.roll(-1, 1)) == 1, labels, -100)
+    windows = Windows(ids, labels, mask, file.name, _digest(ids))
+    return windows.shortened(length) if ids.shape[1] > length else windows
+
+
+def check_length(length: int) -> None:
+    """Refuse a window length that cannot be used."""
+    if length < 16:
+        raise UsageError(f"windows of {length} tokens", remedy="at least 16")

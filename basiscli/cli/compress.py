@@ -1,0 +1,189 @@
+"""`basis compress`."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from basiscli.cli import options
+from basiscli.cli.output import Output, errors_shown
+
+if TYPE_CHECKING:
+    from basiscli.engine.kv_plan import KVPlan
+    from basiscli.reports.schema import Report
+
+_TRAINING = "Training and search"
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name@revision).")] = ".",
+    kv_ratio: Annotated[
+        float | None, typer.Option("--kv-ratio", help="Share of the KV cache to remove: 0.6 leaves 40 % of its bytes.")
+    ] = None,
+    kv_budget: Annotated[
+        float | None, typer.Option("--kv-budget", help="The same said as the share to keep: 0.4.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to make. [default: ../MODEL-kvRATIO]", show_default=False),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text, JSONL, a folder, or safetensors tokens. [default: a small built-in mix]", show_default=False
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="`basis methods` lists them.")] = "matryoshka",
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value of the method; repeatable.")
+    ] = None,
+    fold_v: Annotated[
+        bool, typer.Option("--fold-v", help="Put the bases of the values into the weights: they then cost nothing.")
+    ] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(help="remote-code: also for plain transformers, with trust_remote_code.", show_default=False),
+    ] = None,
+    train_steps: Annotated[int, typer.Option(help="Steps of training; 0 for none.", rich_help_panel=_TRAINING)] = 800,
+    batch: Annotated[int, typer.Option(help="Windows a step.", rich_help_panel=_TRAINING)] = 2,
+    length: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_TRAINING)] = 256,
+    search: Annotated[
+        str,
+        typer.Option(help="How ranks are found: greedy, spectrum or uniform.", rich_help_panel=_TRAINING),
+    ] = "greedy",
+    dtype: options.Dtype = None,
+    plugin: options.Plugins = None,
+    device: options.Device = "auto",
+    shard_size: options.ShardSize = "5GB",
+    workers: options.Workers = None,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
+) -> None:
+    """Make a model's KV cache smaller by trained orthogonal projections.
+
+    `basis compress --kv-ratio 0.6` inside a checkpoint folder `m` writes `../m-kv0.6`, which `basiscli.load` opens. A
+    result can be compressed again at another ratio: its bases stay, only the ranks are searched. An interrupted run
+    goes on where it stopped when the same command is given again.
+    """
+    out = Output(as_json=json, quiet=quiet)
+    with errors_shown(as_json=json):
+        from basiscli.api.compress import plan_compress, run_compress
+
+        plan = plan_compress(
+            model,
+            kv_ratio=kv_ratio,
+            kv_budget=kv_budget,
+            method=method,
+            parameters=options.parse_parameters(parameters or []),
+            output=output,
+            calibration=calibration,
+            train_steps=train_steps,
+            batch=batch,
+            length=length,
+            search=options.one_of("--search", search, ("greedy", "spectrum", "uniform")),  # type: ignore[arg-type]
+            fold_values=fold_v,
+            export=options.one_of("--export", export, ("remote-code",)) if export else None,  # type: ignore[arg-type]
+            plugins=plugin or [],
+            device=device,
+            dtype=dtype,
+            shard_size=shard_size,
+            workers=workers,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        if dry_run:
+            plan.close()
+            out.result(_plan_document(plan), lambda: _show_plan(out, plan))
+            return
+        for note in [*plan.notes, *_forecast(plan)]:
+            out.note(f"note: {note}")
+        result = run_compress(plan, out.progress())
+        out.note(_summary(result.report))
+        document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
+        out.result(document, lambda: out.line(str(result.path)))
+
+
+def _forecast(plan: KVPlan) -> list[str]:
+    """Return what a person wants to know before it begins."""
+    lines = []
+    if plan.settings.calibration is None:
+        lines.append("calibration with the small built-in mix; text of your own kind is better: --calibration FILE")
+    if plan.train_steps:
+        parameters = sum(t.count for t in plan.model.tensors.values())
+        # A forward of the dense model, and a forward and a backward (by activations only) of the projected one.
+        flops = 6 * parameters * plan.train_tokens
+        lines.append(
+            f"training {plan.train_steps} steps of {plan.settings.batch} × {plan.settings.length} tokens: "
+            f"{flops:.1e} operations, about {_duration(flops / 1.2e11)} at 120 GFLOP/s (two CPU cores), "
+            f"{_duration(flops / 1e14)} at 100 TFLOP/s (a GPU)"
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _summary(report: Report) -> str:
+    from basiscli.names import format_size
+
+    kv, cost = report.kv, report.cost
+    assert kv is not None
+    keys, values = (sum(map(sum, ranks)) / sum(map(len, ranks)) for ranks in (kv.key_ranks, kv.value_ranks))
+    lines = [
+        f"removed {1 - kv.kept:.1%}, kept {kv.kept:.1%}: {kv.kept * kv.head_dim:.1f} of {kv.head_dim} dims a head on "
+        f"average ({keys:.1f} of keys, {values:.1f} of values); {kv.bytes_per_token:,} bytes a token, "
+        f"{kv.dense_bytes_per_token:,} before"
+    ]
+    if "search_trials" in report.numbers:
+        lines.append(
+            f"searched with {report.numbers['search_trials']:.0f} trials of "
+            f"{report.numbers['search_seconds_a_trial']:.2f} s; KL to the dense model {report.numbers['search_kl']:.4f}"
+        )
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in (cost.seconds_of or {}).items() if seconds >= 0.5)
+    peak = format_size(cost.peak_memory_bytes)
+    lines.append(f"{cost.seconds:.0f} s ({parts}), peak memory {peak} on {cost.device}")
+    return "\n".join(lines)
+
+
+def _plan_document(plan: KVPlan) -> dict[str, Any]:
+    count = plan.shape.layers * 2 * plan.shape.heads * plan.shape.levels
+    return {
+        "output": str(plan.out),
+        "method": plan.method.name,
+        "parameters": plan.values.model_dump(mode="json"),
+        "model": plan.model.source.spec,
+        "kv_ratio": plan.ratio,
+        "kept": plan.budget / count,
+        "layers": plan.shape.layers,
+        "kv_heads": plan.shape.heads,
+        "head_dim": plan.shape.dim,
+        "train_steps": plan.train_steps,
+        "train_tokens": plan.train_tokens,
+        "search": plan.settings.search,
+        "write_bytes": plan.layout.nbytes,
+        "notes": plan.notes,
+    }
+
+
+def _show_plan(out: Output, plan: KVPlan) -> None:
+    from basiscli.names import format_size
+
+    table = _plan_document(plan)
+    out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
+    out.line(
+        f"{plan.shape.layers} layers of {plan.shape.heads} KV heads of {plan.shape.dim} dimensions: "
+        f"removed {1 - table['kept']:.1%}, kept {table['kept']:.1%}, {table['kept'] * plan.shape.dim:.1f} dims a head"
+    )
+    for note in [*plan.notes, *_forecast(plan)]:
+        out.line(f"note: {note}")
+    out.line(f"write {format_size(plan.layout.nbytes)}")

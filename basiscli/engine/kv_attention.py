@@ -1,0 +1,72 @@
+"""What stands in a model's attention while its bases are found: statistics, and projections with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basiscli.runtime.kv_projection import plain_attention
+
+
+class Moments(nn.Module):
+    """Dense attention that adds up second moments of what it sees.
+
+    `keys` and `values` are float64 sums of kᵀk and vᵀv [KV heads, d, d]; `queries` is the same of the queries, summed
+    over the group of heads that shares a KV head. The products are float32, a forward's at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[str, Tensor] = {}
+        self.counted: Tensor | None = None
+        """Which tokens count [batch, tokens], set before a forward with padding; None for all."""
+
+    def forward(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        """Attend and add."""
+        grouped = query.unflatten(1, (key.shape[1], -1))  # [B, H, G, T, d]
+        for name, x in (("keys", key[:, :, None]), ("values", value[:, :, None]), ("queries", grouped)):
+            rows = x.detach().transpose(0, 1).float()  # [H, B, G, T, d]
+            if self.counted is not None:
+                rows = rows * self.counted[None, :, None, :, None]
+            rows = rows.flatten(1, 3)
+            moment = (rows.mT @ rows).double().cpu()
+            self.sums[name] = self.sums[name] + moment if name in self.sums else moment
+        return plain_attention(query, key, value, *rest)
+
+
+class Projector(nn.Module):
+    """Attention over projected keys and values: k P_K and v P_V, with P = U_r U_rᵀ [(batch,) KV heads, d, d].
+
+    The same numbers as with coefficients, since (q U)(k U)ᵀ = q (k U Uᵀ)ᵀ, but with a gradient and with ranks that may
+    differ within a batch. Without projections it is the dense attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def forward(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        """Project and attend."""
+        if self.key is not None and self.value is not None:
+            key, value = key @ self.key.to(key.dtype), value @ self.value.to(value.dtype)
+        return plain_attention(query, key, value, *rest)
+
+
+def projections(bases: Tensor, ranks: Tensor) -> Tensor:
+    """Return U_r U_rᵀ for bases [..., d, d] and numbers of columns [...], which broadcast."""
+    kept = torch.arange(bases.shape[-1], device=bases.device) < ranks.to(bases.device)[..., None]
+    return (bases * kept[..., None, :].to(bases.dtype)) @ bases.mT
+
+
+def set_bases(projectors: Sequence[Projector], bases: Tensor | None, ranks: Tensor | None = None) -> None:
+    """Project in all layers by bases [layers, 2, KV heads, d, d] cut at ranks [layers, 2, KV heads], or by none."""
+    if bases is None or ranks is None:
+        for projector in projectors:
+            projector.key = projector.value = None
+        return
+    for projector, (key, value) in zip(projectors, projections(bases, ranks), strict=True):
+        projector.key, projector.value = key, value

@@ -1,0 +1,266 @@
+"""The plan of a KV compression: what can be refused is refused here, from configuration and headers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from basiscli.checkpoints.dtypes import tensor_bytes
+from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
+from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.engine.local import default_workers
+from basiscli.engine.output_place import check_disk, output_place
+from basiscli.errors import InputError, UsageError
+from basiscli.names import natural_key
+from basiscli.runtime.export import CLASS, MODULE
+from basiscli.transforms import Method
+from basiscli.version import __version__
+
+Search = Literal["greedy", "spectrum", "uniform"]
+Export = Literal["remote-code"]
+LEVELS = 8
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """A decoder's cache."""
+
+    layers: int
+    heads: int
+    """KV heads."""
+    dim: int
+    """Of a head."""
+
+    @property
+    def levels(self) -> int:
+        """Steps into which a head's dimensions are divided."""
+        return LEVELS if self.dim % LEVELS == 0 else next(n for n in range(LEVELS, 0, -1) if self.dim % n == 0)
+
+    @property
+    def entries(self) -> tuple[int, int, int]:
+        """Layers, keys and values, KV heads: everything that has a rank of its own."""
+        return self.layers, 2, self.heads
+
+    def cache_bytes(self, element: int) -> int:
+        """Bytes a token takes in a dense cache."""
+        return self.layers * 2 * self.heads * self.dim * element
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How it is done."""
+
+    train_steps: int = 800
+    batch: int = 2
+    length: int = 256
+    moment_windows: int = 64
+    search: Search = "greedy"
+    search_windows: int = 4
+    search_length: int = 128
+    calibration: str | None = None
+    fold_values: bool = False
+    export: Export | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    shard_bytes: int = 5_000_000_000
+    workers: int = field(default_factory=default_workers)
+    seed: int = 0
+    resume: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """All that a compression will do."""
+
+    out: Path
+    model: Checkpoint
+    method: Method
+    values: BaseModel
+    ratio: float
+    budget: int
+    """Sum of the levels that stay."""
+    shape: KVShape
+    earlier: KVConfig | None
+    """Of an input that was compressed before: its bases are used as they are."""
+    layout: Layout
+    settings: KVSettings
+    notes: list[str]
+
+    @property
+    def train_steps(self) -> int:
+        """Steps that will be trained."""
+        return 0 if self.earlier else self.settings.train_steps
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that will be trained on."""
+        return self.train_steps * self.settings.batch * self.settings.length
+
+    @property
+    def folds(self) -> bool:
+        """Whether the weights of this output hold the bases of the values."""
+        return self.settings.fold_values or bool(self.earlier and self.earlier.values_folded)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the result."""
+        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.model.files]
+        settings = {
+            name: value
+            for name, value in vars(self.settings).items()
+            if name not in {"workers", "resume", "overwrite", "shard_bytes"}
+        }
+        text = self.settings.calibration and Path(self.settings.calibration)
+        facts = [
+            __version__, self.method.name, self.values.model_dump(mode="json"), self.ratio, stamps, settings,
+            text and text.exists() and text.stat().st_mtime_ns,
+            None if self.earlier is None else self.earlier.model_dump(mode="json"),
+            [shard.header[0].hex() for shard in self.layout.shards],
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Close the input."""
+        self.model.close()
+
+
+def plan_kv(
+    source: Source,
+    ratio: float,
+    method: Method,
+    parameters: Mapping[str, Any],
+    out: str | Path | None,
+    settings: KVSettings,
+) -> KVPlan:
+    """Look at the configuration and the headers and decide what will be done.
+
+    Raises:
+        UsageError, InputError, ResourceError: whatever can be refused before the model is loaded.
+    """
+    if not 0 <= ratio < 1:
+        raise UsageError(
+            f"--kv-ratio {ratio:g} is no share that can be removed",
+            remedy="0 ≤ ratio < 1: --kv-ratio 0.6 removes 60 % of the cache, as --kv-budget 0.4 does",
+        )
+    values = method.validate(parameters)
+    if source.is_adapter:
+        raise InputError(
+            "this is an adapter, and an adapter has no KV cache",
+            file=source.path,
+            remedy="merge it into its base first: `basis merge ADAPTER --method linear --base BASE`",
+        )
+    model = Checkpoint.open(source)
+    shape = kv_shape(model.source)
+    earlier = read_kv_config(model.source.folder)
+    if earlier is not None and [len(earlier.key_ranks), len(earlier.key_ranks[0]), earlier.head_dim] != [
+        shape.layers, shape.heads, shape.dim,
+    ]:  # fmt: skip
+        raise InputError(
+            "the KV projection beside the weights is another model's",
+            file=model.source.folder,
+            remedy="remove kv_projection.* to begin anew",
+        )
+    budget = _budget(ratio, shape)
+    dtype = settings.dtype
+    specs = [
+        TensorSpec(t.name, dtype if dtype and t.dtype in {"F32", "F16", "BF16", "F64"} else t.dtype, t.shape)
+        for t in model.tensors.values()
+    ]
+    layout = Layout.plan(sorted(specs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
+    name = f"{model.source.folder.name}-kv{ratio:g}"
+    place = output_place(
+        out if out is not None else model.source.folder.parent / name if source.repo_id is None else Path(name),
+        [source, model.source],
+        overwrite=settings.overwrite,
+    )
+    notes = []
+    if earlier is not None:
+        notes.append(f"the bases of {source.label} are used as they are; only the ranks are searched")
+    plan = KVPlan(place, model, method, values, ratio, budget, shape, earlier, layout, settings, notes)
+    bases = tensor_bytes("F32", (*shape.entries, shape.dim, shape.dim))
+    check_disk(place, layout.nbytes + 5 * bases)
+    return plan
+
+
+def kv_shape(source: Source) -> KVShape:
+    """Return the shape of a model's KV cache from its configuration.
+
+    Raises:
+        InputError: no cache, or one that this compression does not know, with the reason.
+    """
+    config, file = source.config, source.folder / "config.json"
+    if not config:
+        raise InputError("no config.json beside the weights", file=file, remedy="give a complete model folder")
+    if config.get("auto_map") not in (None, {}, {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}):
+        raise InputError(
+            "the model brings its own code, which is not run",
+            file=file,
+            remedy="give a model of an architecture that transformers has",
+        )
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
+    names = config.get("architectures") or []
+    reason = _no_cache(config, text, [str(name) for name in names] if isinstance(names, list) else [])
+    if reason:
+        raise InputError(
+            f"{config.get('model_type', 'this model')}: {reason}",
+            file=file,
+            remedy="the KV cache of decoders with multi-head or grouped-query attention can be compressed",
+        )
+    try:
+        layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the config does not say how large the KV cache is: {error}", file=file, remedy="give a complete config"
+        ) from error
+    if layers < 1 or kv_heads < 1 or dim < 2:
+        raise InputError(f"a cache of {layers} layers, {kv_heads} KV heads of {dim} dimensions", file=file)
+    return KVShape(layers, kv_heads, dim)
+
+
+def _no_cache(config: dict[str, Any], text: dict[str, Any], architectures: list[str]) -> str | None:
+    """Return why there is no cache that can be compressed; None if there may be one."""
+    if config.get("quantization_config"):
+        return "the weights are quantised; give the unquantised checkpoint"
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder models have two caches, and neither is supported"
+    if architectures and not any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    ):
+        return f"{architectures[0]} generates no text and has no KV cache"
+    if text.get("kv_lora_rank"):
+        return "multi-head latent attention (MLA) keeps one small latent a token already; there are no heads to project"
+    if text.get("attn_logit_softcapping"):
+        return "attention with soft-capped logits has no projected form in the fused kernels"
+    if text.get("num_kv_shared_layers"):
+        return "layers that share one cache are not supported"
+    other = {str(kind) for kind in text.get("layer_types") or []} - _PLAIN_LAYERS
+    if other:
+        return f"layers of kind {', '.join(sorted(other))} keep something else than keys and values"
+    return None
+
+
+def _budget(ratio: float, shape: KVShape) -> int:
+    least = shape.layers * 2 * shape.heads
+    budget = math.floor((1 - ratio) * least * shape.levels + 1e-9)  # never more than the share that may stay
+    if budget < least:
+        raise UsageError(
+            f"removing {ratio:.0%} leaves {(1 - ratio) * shape.dim:.1f} of {shape.dim} dimensions a head, "
+            f"and the least is {shape.dim // shape.levels}",
+            remedy=f"--kv-ratio {1 - 1 / shape.levels:g} is the most",
+        )
+    return budget

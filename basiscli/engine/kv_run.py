@@ -1,0 +1,244 @@
+"""Running a KV compression: statistics, training, search of the ranks, and the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basiscli.calibration.tokens import Windows, read_windows
+from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.kv_file import KVBases, KVConfig, read_kv_bases
+from basiscli.checkpoints.views import row_blocks
+from basiscli.checkpoints.writer import PartialOutput
+from basiscli.engine.kv_attention import Moments, Projector
+from basiscli.engine.kv_fold import Fold, folds_of
+from basiscli.engine.kv_plan import KVPlan
+from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
+from basiscli.engine.kv_training import Training
+from basiscli.engine.local import Progress, Task, run_tasks
+from basiscli.errors import InputError, ResourceError
+from basiscli.linalg.orthogonal import orthogonality_error
+from basiscli.runtime.kv_projection import attach, attention_modules
+from basiscli.runtime.load import load_tokenizer, load_weights
+from basiscli.runtime.support import check_attention
+from basiscli.transforms import AttentionMoments, KVCompression
+
+_BLOCK = 1 << 22  # elements copied at a time
+_TRIALS_ON_GPU = 8
+
+
+@dataclass
+class KVRun:
+    """One run of a plan into its partial output."""
+
+    plan: KVPlan
+    output: PartialOutput
+    progress: Progress
+    device: torch.device
+    numbers: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    windows: Windows | None = None
+    losses: list[float] = field(default_factory=list)
+
+    def run(self) -> KVBases:
+        """Find the bases and the ranks, and write the weights; the plan's journal lets an interrupted run go on.
+
+        Raises:
+            InputError: attention that cannot be projected, calibration that cannot be used, weights that are missing.
+            ResourceError: memory ran out.
+        """
+        try:
+            found = self._find()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ResourceError(
+                "out of memory", remedy="a smaller --batch or --length; the same command goes on where this one stopped"
+            ) from error
+        started = time.monotonic()
+        self._write_weights(found)
+        self.seconds["writing"] = time.monotonic() - started
+        return found
+
+    # Bases and ranks --------------------------------------------------------------------------------------------------
+
+    def _find(self) -> KVBases:
+        plan = self.plan
+        started = time.monotonic()
+        model = load_weights(plan.model.source.folder, _working_dtype(self.device, plan.model), self.device)
+        self.numbers["full_rank_error"] = check_attention(model, plan.shape, plan.model.source.folder / "config.json")
+        modules = attention_modules(model)
+        self.seconds["loading"] = time.monotonic() - started
+        bases, energy = self._bases(model, modules)
+        self.numbers["orthogonality_error"] = orthogonality_error(bases)
+        levels = self._levels(model, modules, bases, energy)
+        ranks = (levels * (plan.shape.dim // plan.shape.levels)).tolist()
+        earlier = plan.earlier
+        config = KVConfig(
+            method=earlier.method if earlier else plan.method.name,
+            parameters=earlier.parameters if earlier else plan.values.model_dump(mode="json"),
+            head_dim=plan.shape.dim,
+            levels=plan.shape.levels,
+            key_ranks=[layer[0] for layer in ranks],
+            value_ranks=[layer[1] for layer in ranks],
+            values_folded=plan.folds,
+            trained_steps=earlier.trained_steps if earlier else plan.train_steps,
+            trained_tokens=earlier.trained_tokens if earlier else plan.train_tokens,
+        )
+        return KVBases(config, bases, energy)
+
+    def _bases(self, model: Any, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+        """Return bases and the energy of their columns; those of the input, if it was compressed before."""
+        plan, settings = self.plan, self.plan.settings
+        if plan.earlier is not None:
+            earlier = read_kv_bases(plan.model.source.folder)
+            return earlier.bases, earlier.energy
+        started = time.monotonic()
+        _, training = self._calibration(settings.length)
+        moments = self._moments(model, modules, training)
+        method: KVCompression = plan.method.implementation(plan.values)
+        start = method.start(moments).to(self.device)
+        self.seconds["statistics"] = time.monotonic() - started
+        started = time.monotonic()
+        bases = start.cpu()
+        if plan.train_steps:
+            projectors = [Projector() for _ in modules]
+            attach(model, projectors)
+            run = Training(
+                model, projectors, method, start, training, plan.train_steps, settings.batch, plan.shape.levels,
+                settings.seed, self.output.scratch / "training.safetensors",
+            )  # fmt: skip
+            bases = run.run(self.progress)
+            self.losses = run.losses
+        self.seconds["training"] = time.monotonic() - started
+        both = torch.stack([moments.keys, moments.values], 1)
+        wide = bases.double()
+        return bases, ((both @ wide) * wide).sum(-2).float()  # uᵀ S u of every column
+
+    def _calibration(self, length: int) -> tuple[Windows, Windows]:
+        """Return the windows of the search and those of the training, which have none in common."""
+        plan, settings = self.plan, self.plan.settings
+        if self.windows is None or self.windows.ids.shape[1] != length:
+            vocabulary = int(plan.model.config.get("vocab_size") or plan.model.config["text_config"]["vocab_size"])
+            folder = plan.model.source.folder
+            self.windows = read_windows(settings.calibration, lambda: load_tokenizer(folder), length, vocabulary)
+        held = min(settings.search_windows, len(self.windows) // 2)
+        if not held:
+            raise InputError(
+                f"the calibration text gives one window of {length} tokens, and at least two are needed",
+                file=settings.calibration,
+                remedy="give more text with --calibration, or a smaller --length",
+            )
+        # Spread over the text, which may change its subject from beginning to end.
+        places = torch.arange(held) * (len(self.windows) // held)
+        others = torch.ones(len(self.windows), dtype=torch.bool).index_fill(0, places, False)
+        return self.windows.select(places), self.windows.select(others)
+
+    def _moments(self, model: Any, modules: Sequence[nn.Module], windows: Windows) -> AttentionMoments:
+        """Run a sample of the windows through the dense model and add up what its attention sees."""
+        collectors = [Moments() for _ in modules]
+        attach(model, collectors)
+        count = min(self.plan.settings.moment_windows, len(windows))
+        sample = windows.select(torch.arange(count) * len(windows) // count)
+        self.progress.start("statistics", count, sample.ids.numel(), "tokens")
+        with torch.no_grad():
+            for place in range(count):
+                part = sample.select([place])
+                for collector in collectors:
+                    collector.counted = None if part.attention_mask is None else part.attention_mask.to(self.device)
+                model(**{n: x.to(self.device) for n, x in part.inputs.items()}, use_cache=False, logits_to_keep=1)
+                self.progress.advance(part.ids.numel())
+        folds = folds_of(model, modules, self.plan.shape)
+        outputs = [fold.output_moments(model) for fold in folds]
+        keys, values, queries = (
+            torch.stack([collector.sums[name] for collector in collectors]) for name in ("keys", "values", "queries")
+        )
+        return AttentionMoments(keys, values, queries, torch.stack(outputs))
+
+    def _levels(self, model: Any, modules: Sequence[nn.Module], bases: Tensor, energy: Tensor) -> Tensor:
+        """Return the levels that the search finds; those of an interrupted run, if it had found them."""
+        plan = self.plan
+        shape, levels, budget = plan.shape.entries, plan.shape.levels, plan.budget
+        if plan.settings.search == "uniform" or budget == math.prod(shape) * levels:
+            return uniform(shape, levels, budget)
+        if plan.settings.search == "spectrum":
+            return spectrum(energy, levels, budget)
+        done = self.output.finished.get("search")
+        if done is None:
+            started = time.monotonic()
+            windows, _ = self._calibration(plan.settings.length)
+            projectors = [Projector() for _ in modules]
+            attach(model, projectors)
+            batch = _TRIALS_ON_GPU if self.device.type == "cuda" else 1
+            search = GreedySearch(
+                model, projectors, bases, windows.shortened(plan.settings.search_length), levels, batch
+            )
+            if plan.earlier and plan.earlier.values_folded:
+                search.bases = _values_as_they_come(bases)
+            (found,) = search.run([budget], self.progress)
+            done = {
+                "levels": found.levels.tolist(),
+                "trials": search.trials,
+                "trial_seconds": search.trial_seconds / max(1, search.trials),
+                "divergence": found.divergence,
+            }
+            self.seconds["searching"] = time.monotonic() - started
+            self.output.record("search", done)
+        self.numbers |= {
+            "search_trials": done["trials"],
+            "search_seconds_a_trial": done["trial_seconds"],
+            "search_kl": done["divergence"],
+        }
+        return torch.tensor(done["levels"])
+
+    # Weights ----------------------------------------------------------------------------------------------------------
+
+    def _write_weights(self, found: KVBases) -> None:
+        plan = self.plan
+        folds: dict[str, Fold] = {}
+        if plan.settings.fold_values and not (plan.earlier and plan.earlier.values_folded):
+            model = load_weights(plan.model.source.folder, torch.float32, torch.device("meta"))
+            for fold in folds_of(model, attention_modules(model), plan.shape):
+                folds |= dict.fromkeys(fold.weights(plan.model), fold)
+        tasks = [
+            Task(name, tensor.nbytes, 4 * _BLOCK, lambda name=name: self._write_tensor(name, folds.get(name), found))  # type: ignore[misc]
+            for name, tensor in plan.model.tensors.items()
+            if name not in self.output.finished
+        ]
+        run_tasks(tasks, self.output.record, workers=plan.settings.workers, progress=self.progress, what="writing")
+
+    def _write_tensor(self, name: str, fold: Fold | None, found: KVBases) -> dict[str, Any]:
+        read, dtype = self.plan.model, torch_dtype(self.plan.layout.tensors[name].dtype)
+        hasher = hashlib.sha256()
+        if fold is not None:
+            values = fold.folded(name, read.read(name), found.bases[fold.layer, 1])
+            hasher.update(self.output.write(name, values.to(dtype)))
+            return {"digests": {name: hasher.hexdigest()}, "action": "rotated"}
+        for rows in row_blocks(read.tensors[name].shape, _BLOCK):
+            block = read.read(name, rows)
+            if block.is_floating_point():
+                block = block.to(dtype)
+            hasher.update(self.output.write(name, block, rows.start if rows else 0))
+        return {"digests": {name: hasher.hexdigest()}, "action": "copied"}
+
+
+def _values_as_they_come(bases: Tensor) -> Tensor:
+    """Return bases for a model whose values come in their basis already: the identity in place of theirs."""
+    identity = torch.eye(bases.shape[-1]).expand_as(bases[:, 1])
+    return torch.stack([bases[:, 0], identity], 1)
+
+
+def _working_dtype(device: torch.device, model: Any) -> torch.dtype:
+    """Return what the model computes in: float32 on a CPU (faster there than bfloat16), else as it is stored."""
+    if device.type == "cpu":
+        return torch.float32
+    sizes: dict[str, int] = {}
+    for tensor in model.tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.count
+    stored = torch_dtype(max(sizes, key=lambda name: sizes[name]))
+    return stored if stored.is_floating_point else torch.float32

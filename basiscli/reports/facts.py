@@ -1,0 +1,37 @@
+"""Facts of a run and of its inputs that every report states."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from basiscli.checkpoints.source import Source
+from basiscli.version import __version__
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage there also counts what the parent held before the exec
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the result."""
+    found = {"basiscli": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "safetensors", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def license_of(source: Source) -> str | None:
+    """Return the licence that a model's card names."""
+    name = source.card.get("license")
+    return name if isinstance(name, str) else None

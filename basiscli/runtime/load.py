@@ -1,0 +1,141 @@
+"""Loading what basis wrote: `model, tokenizer = basiscli.load("m-kv0.6")`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from basiscli.checkpoints.kv_file import read_kv_bases, read_kv_config
+from basiscli.checkpoints.source import resolve
+from basiscli.errors import InputError
+from basiscli.runtime.kv_projection import KVProjection, attach, attention_modules
+
+Prefill = Literal["compressed", "exact"]
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    prefill: Prefill = "compressed",
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer; one that `basis compress` made uses its small KV cache.
+
+    Whatever cache the model is given or makes for itself (growing, static, offloaded) holds coefficients, in `generate`
+    and in plain forwards; forwards without a cache are cut in the same way.
+
+    Args:
+        model: a folder or a Hub id (`org/name@revision`); one without a KV projection is loaded as it is.
+        dtype: of the weights; by default float32 on a CPU and the stored one elsewhere.
+        device: where to; by default a GPU if there is one.
+        prefill: how a prompt attends to itself: to what the cache holds of it ('compressed'), or to its whole keys and
+            values ('exact'); the cache holds coefficients either way.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer (None where the folder has none).
+
+    Raises:
+        InputError, HubError: as for every command.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = resolve(str(model)).folder
+    kept = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    loaded = load_weights(folder, kept or (torch.float32 if place.type == "cpu" else "auto"), place)
+    if read_kv_config(folder) is not None:
+        attach(loaded, projections_of(folder))
+        set_prefill(loaded, prefill)
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return loaded, load_tokenizer(folder) if any((folder / name).is_file() for name in files) else None
+
+
+def projections_of(folder: Path) -> list[KVProjection]:
+    """Return one projection a layer from a folder's two files."""
+    found = read_kv_bases(folder)
+    config = found.config
+    return [
+        KVProjection(keys, None if config.values_folded else values, key_ranks, value_ranks)
+        for (keys, values), key_ranks, value_ranks in zip(
+            found.bases, config.key_ranks, config.value_ranks, strict=True
+        )
+    ]
+
+
+def set_prefill(model: Any, prefill: Prefill) -> None:
+    """Choose how prompts attend to themselves; see `load`."""
+    for module in attention_modules(model):
+        module.kv_projection.exact_prefill = prefill == "exact"  # type: ignore[union-attr]
+
+
+def load_weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """Load a causal language model for inference, without running code of the checkpoint and without guessing weights.
+
+    On the meta device only its structure is made.
+
+    Raises:
+        InputError: transformers does not know it, or weights are missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            if device.type == "meta":
+                with device:
+                    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
+            )
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"transformers does not load it: {str(error).splitlines()[0]}",
+            file=folder,
+            remedy="give a causal language model that AutoModelForCausalLM loads",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{len(missing)} weights are missing in the checkpoint",
+            file=folder,
+            tensor=missing[0],
+            remedy="download the checkpoint again",
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a folder's tokenizer.
+
+    Raises:
+        InputError: there is none, or it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"no tokenizer that loads: {str(error).splitlines()[0]}",
+            file=folder,
+            remedy="put the model's tokenizer beside its weights, or give tokens: --calibration tokens.safetensors",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and advice off the terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
