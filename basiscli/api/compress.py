@@ -134,7 +134,7 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     from basiscli.engine.devices import choose_device
     from basiscli.engine.kv_run import KVRun
     from basiscli.reports.kv_report import build_kv_report, kv_card
-    from basiscli.runtime.export import exported_files
+    from basiscli.runtime.export import exported_files, without_export
 
     device = choose_device(plan.settings.device)
     output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
@@ -143,6 +143,7 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
         found = run.run()
         report = build_kv_report(run, found, seconds=time.monotonic() - started)
         files = sidecar_files(plan.model, plan.settings.dtype, code=False) | found.files()
+        files["config.json"] = without_export(files["config.json"])
         if plan.settings.export:
             files |= exported_files(files["config.json"])
         files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": kv_card(plan, report)}

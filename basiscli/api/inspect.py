@@ -145,5 +145,10 @@ def _report_facts(source: Source) -> dict[str, Any]:
     report = read_report(source.folder)
     if report is None:
         return {}
-    inputs = ", ".join(Path(s.spec).name for s in report.sources if s.role != "base")
-    return {"made by": f"basis {report.command} --method {report.method.name} of {inputs}"}
+    cache = {}
+    if report.kv is not None:
+        kv = report.kv
+        size = f"{kv.bytes_per_token:,} of {kv.dense_bytes_per_token:,} bytes a token"
+        cache = {"KV cache": f"{kv.kept:.1%} kept, {size}"}
+    inputs = ", ".join(Path(s.spec).name or s.spec for s in report.sources if s.role != "base")
+    return cache | {"made by": f"basis {report.command} --method {report.method.name} of {inputs}"}

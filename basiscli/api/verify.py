@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
-from basiscli.checkpoints.digests import stored_digest, weights_digest
+from basiscli.checkpoints.digests import file_digest, stored_digest, weights_digest
+from basiscli.checkpoints.kv_file import BASES_FILE, CONFIG_FILE, read_kv_config
 from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import REPORT
 from basiscli.engine.local import Progress, Silent
 from basiscli.errors import InputError
-from basiscli.reports.schema import Report, read_report
+from basiscli.reports.schema import KVRecord, Report, read_report
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,19 @@ def verify(model: str | Path, *, progress: Progress | None = None) -> Verificati
     if report is None:
         return Verification(source.path, len(checkpoint.tensors), checked_digests=False, weights_digest=None)
     found = _check_digests(checkpoint, report, progress or Silent())
+    if report.kv is not None:
+        _check_bases(source.folder, report.kv)
     return Verification(source.path, len(checkpoint.tensors), checked_digests=True, weights_digest=found)
+
+
+def _check_bases(folder: Path, record: KVRecord) -> None:
+    """Check the KV projection beside the weights."""
+    config, file = read_kv_config(folder), folder / BASES_FILE
+    again = "make or download the model again"
+    if record.bases_sha256 is not None and file_digest(file) != record.bases_sha256:
+        raise InputError("the bases are not those that were written (their digest differs)", file=file, remedy=again)
+    if config is None or (config.key_ranks, config.value_ranks) != (record.key_ranks, record.value_ranks):
+        raise InputError("the ranks are not those of the report", file=folder / CONFIG_FILE, remedy=again)
 
 
 def _check_digests(checkpoint: Checkpoint, report: Report, progress: Progress) -> str:

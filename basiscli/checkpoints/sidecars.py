@@ -16,6 +16,7 @@ _NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _NOT = {
     REPORT,
     "config.json",
+    "kv_projection.json",
     "trainer_state.json",
     "all_results.json",
     "train_results.json",

@@ -11,6 +11,7 @@ from basiscli.checkpoints.architecture import Kind, is_buffer, is_quantised_name
 from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import DTYPES, is_quantised
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.kv_file import CONFIG_FILE, read_kv_config
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 
@@ -41,6 +42,13 @@ def check_architecture(reference: Checkpoint, models: Sequence[Model], *, trust_
                 f"{checkpoint.source.spec} asks for code from its repository (auto_map)",
                 file=folder / "config.json",
                 remedy="with --trust-remote-code its .py files are copied beside the result; basis never runs them",
+            )
+        projection = read_kv_config(folder)
+        if projection is not None and projection.values_folded:
+            raise InputError(
+                f"{checkpoint.source.spec} has the bases of a KV projection folded into its weights (--fold-v)",
+                file=folder / CONFIG_FILE,
+                remedy="merge first, and compress the result; or give a result of `basis compress` without --fold-v",
             )
         for key in ("model_type", "architectures"):
             here, there = checkpoint.config.get(key), reference.config.get(key)

@@ -22,7 +22,7 @@ from basiscli.engine.local import default_workers
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
-from basiscli.runtime.export import CLASS, MODULE
+from basiscli.runtime.export import AUTO_MAP
 from basiscli.transforms import Method
 from basiscli.version import __version__
 
@@ -179,9 +179,9 @@ def plan_kv(
         for t in model.tensors.values()
     ]
     layout = Layout.plan(sorted(specs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
-    name = f"{model.source.folder.name}-kv{ratio:g}"
+    beside = _beside(source)
     place = output_place(
-        out if out is not None else model.source.folder.parent / name if source.repo_id is None else Path(name),
+        beside.with_name(f"{beside.name}-kv{ratio:g}") if out is None else out,
         [source, model.source],
         overwrite=settings.overwrite,
     )
@@ -194,6 +194,13 @@ def plan_kv(
     return plan
 
 
+def _beside(source: Source) -> Path:
+    """Return the path that a result goes beside: a model's folder; for a model of the Hub, its name here."""
+    if source.repo_id is not None:
+        return Path.cwd() / source.repo_id.rpartition("/")[2]
+    return source.path.with_suffix("") if source.path.suffix == ".gguf" else source.folder
+
+
 def kv_shape(source: Source) -> KVShape:
     """Return the shape of a model's KV cache from its configuration.
 
@@ -203,7 +210,7 @@ def kv_shape(source: Source) -> KVShape:
     config, file = source.config, source.folder / "config.json"
     if not config:
         raise InputError("no config.json beside the weights", file=file, remedy="give a complete model folder")
-    if config.get("auto_map") not in (None, {}, {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}):
+    if config.get("auto_map") not in (None, {}, AUTO_MAP):
         raise InputError(
             "the model brings its own code, which is not run",
             file=file,

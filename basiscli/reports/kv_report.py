@@ -7,9 +7,9 @@ from importlib.resources import files
 from typing import Any
 
 from basiscli.checkpoints.architecture import Kind, kind_by_name
-from basiscli.checkpoints.digests import stored_digest, weights_digest
+from basiscli.checkpoints.digests import digest, stored_digest, weights_digest
 from basiscli.checkpoints.dtypes import DTYPES
-from basiscli.checkpoints.kv_file import KVBases
+from basiscli.checkpoints.kv_file import BASES_FILE, KVBases
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_run import KVRun
@@ -77,6 +77,7 @@ def build_kv_report(run: KVRun, found: KVBases, *, seconds: float) -> Report:
             calibration=CalibrationRecord(name=run.windows.name, tokens=run.windows.tokens, sha256=run.windows.sha256)
             if run.windows
             else None,
+            bases_sha256=digest([found.files()[BASES_FILE]]),
             engines=_engines(plan),
         ),
         kinds_found_by="names",

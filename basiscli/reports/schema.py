@@ -100,6 +100,8 @@ class KVRecord(_Record):
     losses: list[float]
     """Mean loss of each hundredth of the training."""
     calibration: CalibrationRecord | None = None
+    bases_sha256: str | None = None
+    """Of `kv_projection.safetensors`."""
     engines: dict[str, str]
     """Which engine can use what of this folder."""
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 from basiscli.errors import InputError
 
 MODULE, CLASS = "modeling_basis_kv", "BasisKVForCausalLM"
+AUTO_MAP = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
 _MODELING = '''"""{architecture} with a KV cache of projection coefficients; made by `basis compress`.
 
 Loaded by AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). Every cache class of transformers holds
@@ -58,10 +59,19 @@ def exported_files(config: bytes) -> dict[str, bytes]:
     architectures = table.get("architectures")
     if not (isinstance(architectures, list) and architectures and str(architectures[0]).isidentifier()):
         raise InputError("the config names no architecture", remedy="leave out --export")
-    table["auto_map"] = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
+    table["auto_map"] = AUTO_MAP
     runtime = (files("basiscli.runtime") / "kv_projection.py").read_bytes()
     return {
         "config.json": (json.dumps(table, indent=2, sort_keys=True) + "\n").encode(),
         f"{MODULE}.py": _MODELING.format(architecture=architectures[0], name=CLASS).encode(),
         "basis_kv_projection.py": runtime,
     }
+
+
+def without_export(config: bytes) -> bytes:
+    """Return a config that no longer names the Python files of an earlier export."""
+    table = json.loads(config)
+    if table.get("auto_map") != AUTO_MAP:
+        return config
+    del table["auto_map"]
+    return (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "basis"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_CACHES = ("past_key_values", "layer_past")  # what attention modules call the cache; GPT-NeoX has its own name
 _SMALL_QUERY = 8  # up to so many query tokens, two plain products beat the attention kernels
 
 
@@ -164,6 +166,49 @@ class KVProjection(nn.Module):
         return plain_attention(query, key, value, mask, scale, dropout)
 
 
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A `DynamicLayer` that is not copied for every token: it keeps room for a sixteenth more than it holds."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append, in place where there is room, and return all."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return both
+        if self.get_seq_length() == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = self._append("keys", self.keys, key_states)
+            self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+        length, total = held.shape[-2], held.shape[-2] + new.shape[-2]
+        room = self._rooms.get(name)
+        # Cropping leaves a view of the room; reordering and selecting leave another tensor, which the room is not of.
+        mine = room is not None and room.data_ptr() == held.data_ptr() and room.shape[:2] == held.shape[:2]
+        if room is None or not mine or room.shape[-2] < total:
+            room = held.new_empty((*held.shape[:2], total + max(32, total // 16), held.shape[-1]))
+            room[:, :, :length] = held
+            self._rooms[name] = room
+        room[:, :, length:total] = new
+        return room[:, :, :total]
+
+    def offload(self) -> None:
+        """Move to the CPU; the room on the device is given up."""
+        self._rooms = {}
+        super().offload()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._rooms = {}
+        super().reset()
+
+
 class ProjectingCache:
     """Stands between an attention module and the cache it was given: coefficients go in, `Coefficients` come out."""
 
@@ -173,12 +218,16 @@ class ProjectingCache:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Cache new keys and values [B, H, T, d]; return all coefficients that are cached, marked as such."""
         projection = self._projection
+        new = projection.encode(keys, values)
         layers = self._cache.layers
         layer = layers[layer_idx] if layer_idx < len(layers) else None
-        if layer is not None and getattr(layer, "num_heads", 1) != 1:  # allocated ahead for whole keys and values
-            layer.is_initialized, layer.num_heads = False, 1
+        if layer is not None and _allocated(layer) not in (None, (1, new[0].shape[-1], new[1].shape[-1])):
+            # Reading the length would break a compiled graph.
+            if not torch.compiler.is_compiling() and int(self._cache.get_seq_length(layer_idx)):
+                raise RuntimeError("the cache holds another model's keys and values; give a new one, or reset this one")
+            layer.is_initialized = False  # allocated ahead, for whole keys and values
         exact = projection.exact_prefill and keys.shape[-2] > 1 and not int(self._cache.get_seq_length(layer_idx))
-        packed = self._cache.update(*projection.encode(keys, values), layer_idx, *args, **kwargs)
+        packed = self._cache.update(*new, layer_idx, *args, **kwargs)
         return Coefficients(packed[0], keys if exact else None), Coefficients(packed[1], values if exact else None)
 
     def __getattr__(self, name: str) -> Any:
@@ -251,11 +300,19 @@ def plain_attention(
     return out.flatten(1, 2).transpose(1, 2)
 
 
-def _use_proxy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    cache, projection = kwargs.get("past_key_values"), module.kv_projection
-    if cache is None or not isinstance(projection, KVProjection):
+def _allocated(layer: Any) -> tuple[int, int, int] | None:
+    """Return heads and widths of keys and values that a static layer has room for; None for one that has none yet."""
+    if not hasattr(layer, "k_head_dim") or not layer.is_initialized:
         return None
-    return args, {**kwargs, "past_key_values": ProjectingCache(cache, projection)}
+    return layer.num_heads, layer.k_head_dim, layer.v_head_dim
+
+
+def _use_proxy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    projection = module.kv_projection
+    caches = [name for name in _CACHES if kwargs.get(name) is not None]
+    if not caches or not isinstance(projection, KVProjection):
+        return None
+    return args, {**kwargs, **{name: ProjectingCache(kwargs[name], projection) for name in caches}}
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
@@ -270,7 +327,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
             scores = scores.flatten(2, 3)
         # A row that sees nothing (padding) is all −∞: its softmax is NaN and would spread.
-        weights = scores.softmax(-1, dtype=torch.float32).nan_to_num().to(v.dtype)
+        weights = scores.softmax(-1, dtype=torch.float32)
+        weights = (weights if mask is None else weights.nan_to_num()).to(v.dtype)
         seen: Tensor = (weights @ v).unflatten(2, (group, tokens))
         return seen
     # The fast kernels want keys and values equally wide: zeros change neither the products nor what is read back.

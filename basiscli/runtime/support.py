@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ _MOST = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 def check_attention(model: Any, shape: Any, file: Path) -> float:
     """Run a short prompt densely and at full rank in random bases, with a cache: both must give the same logits.
 
+    At rank 1 the cache must hold no more than that.
+
     Args:
         model: on its device; it keeps the projection's attention.
         shape: what the configuration says of its cache (layers, heads, dim).
@@ -28,7 +31,7 @@ def check_attention(model: Any, shape: Any, file: Path) -> float:
 
     Raises:
         InputError: another number of layers or heads than the configuration says, attention of the model's own making,
-            or different logits.
+            different logits, or a cache that stays large.
     """
     ids = torch.arange(1, _PROMPT + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
     dense = _logits(model, ids)
@@ -37,19 +40,20 @@ def check_attention(model: Any, shape: Any, file: Path) -> float:
         raise _unsupported(f"{len(modules)} attention modules in a model of {shape.layers} layers", model, file)
     generator = torch.Generator().manual_seed(0)
     size = (2, shape.heads, shape.dim, shape.dim)
-    full = [shape.dim] * shape.heads
-    projections = []
-    for _ in modules:
-        keys, values = torch.linalg.qr(torch.randn(size, generator=generator))[0]
-        projections.append(KVProjection(keys, values, full, full))
+    full, least = [shape.dim] * shape.heads, [1] * shape.heads
+    bases = [torch.linalg.qr(torch.randn(size, generator=generator))[0] for _ in modules]
     try:
-        attach(model, projections)
+        attach(model, [KVProjection(keys, values, full, full) for keys, values in bases])
         projected = _logits(model, ids)
+        attach(model, [KVProjection(keys, values, least, least) for keys, values in bases])
+        small = _takes_coefficients(model, ids[:, :2], modules, shape.heads)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
         raise _unsupported(str(error).splitlines()[0], model, file) from error
     difference = float((dense - projected).abs().max() / dense.abs().max().clamp_min(1e-6))
     if not difference <= _MOST.get(model.dtype, 1e-3):
         raise _unsupported(f"at full rank the logits differ by {difference:.2g} of their size", model, file)
+    if not small:  # attention that gets its cache in another way would be right, and save nothing
+        raise _unsupported("its cache does not take coefficients", model, file)
     return difference
 
 
@@ -59,6 +63,14 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     first = model(input_ids=ids[:, :-4], use_cache=True)
     second = model(input_ids=ids[:, -4:], past_key_values=first.past_key_values, use_cache=True)
     return torch.cat([first.logits, second.logits], 1).float()
+
+
+@torch.no_grad()
+def _takes_coefficients(model: Any, ids: Tensor, modules: Sequence[Any], width: int) -> bool:
+    """Whether every layer's cache holds so many numbers a token, of keys and of values."""
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    held = [layers[module.layer_idx] for module in modules]
+    return all(x.shape[1] == 1 and x.shape[-1] == width for layer in held for x in (layer.keys, layer.values))
 
 
 def _unsupported(reason: str, model: Any, file: Path) -> InputError:
