@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from basiscli.api.compress import CompressResult, compress, plan_compress
     from basiscli.api.diff import TensorDifference, diff
     from basiscli.api.evaluate import Evaluation, ModelFigures, evaluate
+    from basiscli.api.init import InitResult, extract, init, plan_extract, plan_init
     from basiscli.api.inspect import Inspection, inspect
     from basiscli.api.merge import MergeResult, merge, plan_merge
     from basiscli.api.verify import Verification, verify
@@ -42,6 +43,7 @@ _HOMES = {
     "basiscli.api.compress": ["CompressResult", "compress", "plan_compress"],
     "basiscli.api.diff": ["TensorDifference", "diff"],
     "basiscli.api.evaluate": ["Evaluation", "ModelFigures", "evaluate"],
+    "basiscli.api.init": ["InitResult", "extract", "init", "plan_extract", "plan_init"],
     "basiscli.api.inspect": ["Inspection", "inspect"],
     "basiscli.api.merge": ["MergeResult", "merge", "plan_merge"],
     "basiscli.api.verify": ["Verification", "verify"],
@@ -70,6 +72,7 @@ __all__ = [
     "GateFailed",
     "History",
     "HubError",
+    "InitResult",
     "InputError",
     "Inspection",
     "KVCompression",
@@ -89,10 +92,14 @@ __all__ = [
     "compress",
     "diff",
     "evaluate",
+    "extract",
+    "init",
     "inspect",
     "load",
     "merge",
     "plan_compress",
+    "plan_extract",
+    "plan_init",
     "plan_merge",
     "transform",
     "verify",

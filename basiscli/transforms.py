@@ -14,6 +14,9 @@ tensors of base's shape), `weights` (one float a model) and `seed` (an integer t
 tensor's name only). It returns a tensor of the same shape. `elementwise=True` says that every output element depends
 on the input elements at its place alone: the core may then pass blocks of rows instead of whole tensors.
 
+An init takes `weight` (float32 [out, in]), `rank`, and `svd` (how to decompose: `svd.top(weight, rank)`), and returns
+(B [out, rank], A [rank, in]): the part of the weight that moves into the adapter. Scaling and residual are the core's.
+
 A method that needs one number over the whole model is a class derived from `TaskVectorMerge`; one that finds bases
 for a KV cache is derived from `KVCompression`.
 
@@ -39,7 +42,11 @@ if TYPE_CHECKING:
     from basiscli.linalg.lowrank import LowRank
 
 Family = Literal["merge", "init", "compress"]
-_POSITIONAL = ("base", "others", "weights", "seed")
+_POSITIONAL: dict[Family, tuple[str, ...]] = {
+    "merge": ("base", "others", "weights", "seed"),
+    "init": ("weight", "rank", "svd"),
+    "compress": (),
+}
 Target = TypeVar("Target")
 
 
@@ -253,7 +260,7 @@ def transform(
                 onto_weight=target.onto_weight,
             )  # fmt: skip
         elif inspect.isfunction(target):
-            wants, needs_base = _wants(target)
+            wants, needs_base = _wants(target, family)
             parameters = _parameters_of(target)
             method = Method(
                 family, name or target.__name__, doc, source, parameters, target, elementwise, onto_weight, wants,
@@ -267,15 +274,16 @@ def transform(
     return register
 
 
-def _wants(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+def _wants(function: Callable[..., Any], family: Family) -> tuple[tuple[str, ...], bool]:
     """Return the inputs that a function's positional parameters name, and whether it cannot do without a base."""
     positional = [
         p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
     ]
     for parameter in positional:
-        if parameter.name not in _POSITIONAL:
+        if parameter.name not in _POSITIONAL[family]:
+            known = ", ".join(_POSITIONAL[family]) or "nothing"
             raise TypeError(
-                f"{function.__name__}: a merge takes {', '.join(_POSITIONAL)}, not '{parameter.name}'; "
+                f"{function.__name__}: a {family} function takes {known}, not '{parameter.name}'; "
                 "its own parameters are keyword-only"
             )
     needs_base = any(p.name == "base" and p.default is inspect.Parameter.empty for p in positional)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args
 
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import resolve
@@ -104,6 +104,9 @@ def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -
         value: Any = options.get(name)
         if value is not None and value < least:
             raise UsageError(f"{name} {value}", remedy=f"at least {least}")
+    for name, known in (("search", get_args(Search)), ("export", (*get_args(Export), None))):
+        if name in options and options.get(name) not in known:
+            raise UsageError(f"{name} {options.get(name)}", remedy=f"one of {', '.join(filter(None, known))}")
     calibration = options.get("calibration")
     if calibration is not None and not Path(calibration).exists():
         raise InputError("no such calibration file", file=Path(calibration), remedy="check the path")

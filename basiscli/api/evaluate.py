@@ -133,6 +133,10 @@ def evaluate(
             file=sources[1].path,
             remedy="give a model with the same tokenizer",
         )
+    most = min(one.config.get_text_config().max_position_embeddings for one in loaded) - new_tokens
+    for context in contexts:
+        if not 1 <= context <= most:
+            raise UsageError(f"a context of {context} tokens", remedy=f"1 to {most} for this model")
     found = read_windows(text, lambda: load_tokenizer(sources[0].folder), length, min(sizes))
     count = min(windows, len(found))
     chosen = found.select(torch.arange(count) * len(found) // count)
@@ -230,9 +234,6 @@ def _speeds(
     if contexts:
         progress.start("timing", len(contexts), sum(contexts) * len(models), "tokens")
     for context in contexts:
-        most = min(one.config.get_text_config().max_position_embeddings for one in models)
-        if not 1 <= context <= most - new_tokens:
-            raise UsageError(f"a context of {context} tokens", remedy=f"1 to {most - new_tokens} for this model")
         prompt = ids.repeat(-(-context // len(ids)))[:context][None]
         steps = [_Decoding(one, prompt) for one in models]
         times: list[list[float]] = [[] for _ in models]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import raw_bytes
-from basiscli.errors import InputError, UsageError
+from basiscli.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,7 @@ def read_windows(place: str | Path | None, tokenizer: Any, length: int, vocabula
     tok = tokenizer()
     end = tok.eos_token_id
     ids: list[int] = []
-    for encoded in tok(texts, add_special_tokens=False)["input_ids"]:
+    for encoded in tok(texts, add_special_tokens=False, verbose=False)["input_ids"]:  # silent about long texts
         ids += encoded
         if end is not None:
             ids.append(end)
@@ -121,8 +121,9 @@ def _check_vocabulary(ids: Tensor, vocabulary: int, place: str | Path | None) ->
 
 
 def _built_in() -> Iterator[str]:
-    for line in (files("basiscli.calibration") / "data" / "mix.jsonl").read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)["text"]
+    for line in (files("basiscli.calibration") / "data" / "mix.jsonl").read_text(encoding="utf-8").split("\n"):
+        if line:
+            yield json.loads(line)["text"]
 
 
 def _texts(place: Path) -> Iterator[str]:
@@ -142,7 +143,7 @@ def _texts(place: Path) -> Iterator[str]:
 
 
 def _lines(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other separators of lines may stand in a JSON string
         if not line.strip():
             continue
         try:
@@ -150,7 +151,7 @@ def _lines(file: Path, text: str) -> Iterator[str]:
             found = record["text"] if "text" in record else "\n".join(m["content"] for m in record["messages"])
             if not isinstance(found, str):
                 raise TypeError("the text is no string")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(
                 f"line {number}: neither a `text` nor `messages` with a `content`: {error}",
                 file=file,
@@ -184,7 +185,10 @@ def _tokens_of_file(file: Path, length: int, vocabulary: int) -> Windows:
     for name, other in given.items():
         if other.shape != ids.shape:
             raise InputError(
-                f"{list(other.shape)} is not the shape of input_ids, {list(ids.shape)}", file=file, tensor=name
+                f"{list(other.shape)} is not the shape of input_ids, {list(ids.shape)}",
+                file=file,
+                tensor=name,
+                remedy="store one number a token",
             )
     ids = ids.long()
     mask = given["attention_mask"].long() if "attention_mask" in given else None
@@ -195,10 +199,9 @@ def _tokens_of_file(file: Path, length: int, vocabulary: int) -> Windows:
     if mask is not None:
         labels = torch.where((mask * mask.roll(-1, 1)) == 1, labels, -100)
     windows = Windows(ids, labels, mask, file.name, _digest(ids))
-    return windows.shortened(length) if ids.shape[1] > length else windows
-
-
-def check_length(length: int) -> None:
-    """Refuse a window length that cannot be used."""
-    if length < 16:
-        raise UsageError(f"windows of {length} tokens", remedy="at least 16")
+    windows = windows.shortened(length) if ids.shape[1] > length else windows
+    if bool((windows.labels == -100).all()):
+        raise InputError(
+            "no token of the calibration file counts", file=file, remedy="check its attention_mask and labels"
+        )
+    return windows

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from basiscli.linalg.lowrank import LowRank
 
 _PREFIX = "base_model.model."
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _REFUSED = {
     "use_dora": "DoRA rescales every column by a trained magnitude, so its update is not a low-rank product",
     "use_qalora": "QALoRA pools the inputs by quantisation group",
@@ -234,7 +234,7 @@ class AdapterView:
         if factors is not None and shape[0] != shape[1]:
             return shape[0] == self.adapter.weights.tensors[factors.a].shape[1]
         # A square matrix, or one this adapter leaves alone: only the module's type tells.
-        conv1d = self.base.config.get("model_type") in _CONV1D_MODELS
+        conv1d = self.base.config.get("model_type") in CONV1D_MODELS
         return conv1d or bool(self.adapter.config.get("fan_in_fan_out"))
 
     def _drop_tied_head(self) -> None:

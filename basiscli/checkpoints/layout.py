@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import TensorSpec, encode_header
-from basiscli.checkpoints.views import SINGLE_FILE
+from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE
 
 METADATA = {"format": "pt"}
 
@@ -25,6 +25,11 @@ class Shard:
     def header(self) -> tuple[bytes, dict[str, int]]:
         """The header's bytes and each tensor's offset in the file."""
         return encode_header(self.tensors, METADATA)
+
+    @property
+    def folder(self) -> str:
+        """The folder inside the output that holds the file: '' or 'name/'."""
+        return self.file[: self.file.rfind("/") + 1]
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +72,17 @@ class Layout:
             )
         )
 
+    @classmethod
+    def of_folders(cls, parts: Mapping[str, Layout]) -> Layout:
+        """Return one layout of several outputs, each in a folder of its own; their tensors have different names."""
+        return cls(
+            tuple(
+                Shard(f"{folder}/{shard.file}", shard.tensors)
+                for folder, part in parts.items()
+                for shard in part.shards
+            )
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
@@ -77,13 +93,19 @@ class Layout:
         """All tensors by name."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
-    def index(self) -> dict[str, Any] | None:
-        """Return the content of the index file; None for a single file, which has none."""
-        if len(self.shards) == 1:
-            return None
-        where = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
-        data_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        return {"metadata": {"total_size": data_bytes}, "weight_map": dict(sorted(where.items()))}
+    def indexes(self) -> dict[str, dict[str, Any]]:
+        """Return the content of each folder's index file, by its path; a folder of one file has none."""
+        found = {}
+        for folder in dict.fromkeys(shard.folder for shard in self.shards):
+            inside = [shard for shard in self.shards if shard.folder == folder]
+            if len(inside) > 1:
+                where = {tensor.name: shard.file.removeprefix(folder) for shard in inside for tensor in shard.tensors}
+                data_bytes = sum(tensor.nbytes for shard in inside for tensor in shard.tensors)
+                found[folder + INDEX_FILE] = {
+                    "metadata": {"total_size": data_bytes},
+                    "weight_map": dict(sorted(where.items())),
+                }
+        return found
 
 
 def _element_bits(tensor: TensorSpec) -> int:

@@ -23,7 +23,6 @@ from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import raw_bytes
 from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
 from basiscli.checkpoints.layout import METADATA, Layout
-from basiscli.checkpoints.views import INDEX_FILE
 from basiscli.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -112,9 +111,8 @@ class PartialOutput:
                 raise InputError(
                     "the written shard is not as planned", file=self.folder / shard.file, tensor=min(missing)
                 )
-        index = self.layout.index()
-        if index is not None:
-            files = {**files, INDEX_FILE: (json.dumps(index, indent=2) + "\n").encode()}
+        indexes = {name: (json.dumps(index, indent=2) + "\n").encode() for name, index in self.layout.indexes().items()}
+        files = {**files, **indexes}
         try:
             for name, content in files.items():
                 target = self.folder / name
@@ -123,10 +121,10 @@ class PartialOutput:
                 _sync(target)
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
-            shutil.rmtree(self.scratch, ignore_errors=True)
             _sync(self.folder)
             self._take_the_name(overwrite)
             # Last, so that a process killed before the renaming finds all its work again.
+            shutil.rmtree(self.out / SCRATCH, ignore_errors=True)
             (self.out / JOURNAL).unlink()
             self.close()
         except OSError as error:
@@ -201,6 +199,7 @@ class PartialOutput:
         os.ftruncate(self._journal, 0)
         self.scratch.mkdir()
         for shard in self.layout.shards:
+            (self.folder / shard.folder).mkdir(exist_ok=True)
             descriptor = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 # Claims the blocks, so that a full disk is found now and not after an hour.
@@ -222,7 +221,10 @@ def write_file(file: Path, tensors: Iterable[TensorSpec], data: Iterable[torch.T
     """
     header, _ = encode_header(tensors, METADATA)
     state, position = hashlib.sha256(header), len(header)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    except OSError as error:
+        raise _disk_error(error, file) from error
     try:
         _write_all(descriptor, memoryview(header), 0, file)
         for part in data:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from basiscli.cli import compress, demo, diff, evaluate, inspect, merge, methods, verify
+from basiscli.cli import compress, demo, diff, evaluate, init, inspect, merge, methods, verify
 from basiscli.version import __version__
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.command("merge")(merge.merge)
 app.command("compress")(compress.compress)
+app.command("init")(init.init)
+app.command("extract")(init.extract)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)

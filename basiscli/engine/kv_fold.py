@@ -30,8 +30,8 @@ class Fold:
     """Query heads a KV head."""
     fused: bool
     """Queries, keys and values come of one projection, in this order."""
-    normed: bool
-    """Values are normalised after their projection: nothing can be folded."""
+    changed: str | None
+    """What is done to values after their projection, if anything: then nothing can be folded."""
 
     @property
     def _value(self) -> str:
@@ -45,11 +45,11 @@ class Fold:
         """
         needed = [f"{self._value}.weight", f"{self.module}.o_proj.weight"]
         missing = [name for name in needed if name not in checkpoint.tensors]
-        if missing or self.normed:
+        if missing or self.changed:
             raise InputError(
-                "values are normalised after their projection" if self.normed else "no such weight",
+                f"values are {self.changed} after their projection" if self.changed else "no such weight",
                 file=checkpoint.source.folder,
-                tensor=needed[0] if self.normed else missing[0],
+                tensor=needed[0] if self.changed else missing[0],
                 remedy="leave out --fold-v",
             )
         bias = f"{self._value}.bias"
@@ -82,9 +82,15 @@ def folds_of(model: Any, modules: Sequence[nn.Module], shape: KVShape) -> list[F
     """Return where the values of each layer are."""
     names = {module: name for name, module in model.named_modules()}
     return [
-        Fold(layer, names[module], shape, _group(module, shape), hasattr(module, "qkv_proj"), hasattr(module, "v_norm"))
+        Fold(layer, names[module], shape, _group(module, shape), hasattr(module, "qkv_proj"), _changed(module))
         for layer, module in enumerate(modules)
     ]
+
+
+def _changed(module: nn.Module) -> str | None:
+    if hasattr(module, "v_norm"):
+        return "normalised"
+    return "clipped" if getattr(getattr(module, "config", None), "clip_qkv", None) is not None else None
 
 
 def _group(module: nn.Module, shape: KVShape) -> int:

@@ -122,10 +122,11 @@ class KVPlan:
             for name, value in vars(self.settings).items()
             if name not in {"workers", "resume", "overwrite", "shard_bytes"}
         }
-        text = self.settings.calibration and Path(self.settings.calibration)
+        text = self.settings.calibration
+        texts = [f for f in (Path(text), *Path(text).rglob("*")) if f.is_file()] if text else []
         facts = [
             __version__, self.method.name, self.values.model_dump(mode="json"), self.ratio, stamps, settings,
-            text and text.exists() and text.stat().st_mtime_ns,
+            text and sum(f.stat().st_mtime_ns for f in texts),
             None if self.earlier is None else self.earlier.model_dump(mode="json"),
             [shard.header[0].hex() for shard in self.layout.shards],
         ]  # fmt: skip
@@ -230,7 +231,7 @@ def kv_shape(source: Source) -> KVShape:
         layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
         kv_heads = int(text.get("num_key_value_heads") or heads)
         dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"the config does not say how large the KV cache is: {error}", file=file, remedy="give a complete config"
         ) from error
@@ -255,7 +256,8 @@ def _no_cache(config: dict[str, Any], text: dict[str, Any], architectures: list[
         return "attention with soft-capped logits has no projected form in the fused kernels"
     if text.get("num_kv_shared_layers"):
         return "layers that share one cache are not supported"
-    other = {str(kind) for kind in text.get("layer_types") or []} - _PLAIN_LAYERS
+    kinds = text.get("layer_types")
+    other = {str(kind) for kind in kinds} - _PLAIN_LAYERS if isinstance(kinds, list) else set()
     if other:
         return f"layers of kind {', '.join(sorted(other))} keep something else than keys and values"
     return None

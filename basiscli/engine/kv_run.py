@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
 from basiscli.engine.kv_training import Training
 from basiscli.engine.local import Progress, Task, run_tasks
+from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import InputError, ResourceError
 from basiscli.linalg.orthogonal import orthogonality_error
 from basiscli.runtime.kv_projection import attach, attention_modules
@@ -46,6 +48,7 @@ class KVRun:
     seconds: dict[str, float] = field(default_factory=dict)
     windows: Windows | None = None
     losses: list[float] = field(default_factory=list)
+    vocabulary: int = 0
 
     def run(self) -> KVBases:
         """Find the bases and the ranks, and write the weights; the plan's journal lets an interrupted run go on.
@@ -54,6 +57,7 @@ class KVRun:
             InputError: attention that cannot be projected, calibration that cannot be used, weights that are missing.
             ResourceError: memory ran out.
         """
+        folds = self._folds()
         try:
             found = self._find()
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -61,7 +65,7 @@ class KVRun:
                 "out of memory", remedy="a smaller --batch or --length; the same command goes on where this one stopped"
             ) from error
         started = time.monotonic()
-        self._write_weights(found)
+        self._write_weights(found, folds)
         self.seconds["writing"] = time.monotonic() - started
         return found
 
@@ -71,6 +75,8 @@ class KVRun:
         plan = self.plan
         started = time.monotonic()
         model = load_weights(plan.model.source.folder, _working_dtype(self.device, plan.model), self.device)
+        _refuse_nonfinite(model, plan.model.source.folder)
+        self.vocabulary = model.config.get_text_config().vocab_size
         self.numbers["full_rank_error"] = check_attention(model, plan.shape, plan.model.source.folder / "config.json")
         modules = attention_modules(model)
         self.seconds["loading"] = time.monotonic() - started
@@ -124,9 +130,8 @@ class KVRun:
         """Return the windows of the search and those of the training, which have none in common."""
         plan, settings = self.plan, self.plan.settings
         if self.windows is None or self.windows.ids.shape[1] != length:
-            vocabulary = int(plan.model.config.get("vocab_size") or plan.model.config["text_config"]["vocab_size"])
             folder = plan.model.source.folder
-            self.windows = read_windows(settings.calibration, lambda: load_tokenizer(folder), length, vocabulary)
+            self.windows = read_windows(settings.calibration, lambda: load_tokenizer(folder), length, self.vocabulary)
         held = min(settings.search_windows, len(self.windows) // 2)
         if not held:
             raise InputError(
@@ -168,16 +173,15 @@ class KVRun:
             return uniform(shape, levels, budget)
         if plan.settings.search == "spectrum":
             return spectrum(energy, levels, budget)
+        windows, _ = self._calibration(plan.settings.length)
         done = self.output.finished.get("search")
         if done is None:
             started = time.monotonic()
-            windows, _ = self._calibration(plan.settings.length)
+            windows = windows.shortened(plan.settings.search_length)
             projectors = [Projector() for _ in modules]
             attach(model, projectors)
             batch = _TRIALS_ON_GPU if self.device.type == "cuda" else 1
-            search = GreedySearch(
-                model, projectors, bases, windows.shortened(plan.settings.search_length), levels, batch
-            )
+            search = GreedySearch(model, projectors, bases, windows, levels, batch)
             if plan.earlier and plan.earlier.values_folded:
                 search.bases = _values_as_they_come(bases)
             (found,) = search.run([budget], self.progress)
@@ -198,13 +202,18 @@ class KVRun:
 
     # Weights ----------------------------------------------------------------------------------------------------------
 
-    def _write_weights(self, found: KVBases) -> None:
+    def _folds(self) -> dict[str, Fold]:
+        """Return what is to be folded into which tensors; before the work begins, so that it is not done in vain."""
         plan = self.plan
         folds: dict[str, Fold] = {}
         if plan.settings.fold_values and not (plan.earlier and plan.earlier.values_folded):
             model = load_weights(plan.model.source.folder, torch.float32, torch.device("meta"))
             for fold in folds_of(model, attention_modules(model), plan.shape):
                 folds |= dict.fromkeys(fold.weights(plan.model), fold)
+        return folds
+
+    def _write_weights(self, found: KVBases, folds: dict[str, Fold]) -> None:
+        plan = self.plan
         tasks = [
             Task(name, tensor.nbytes, 4 * _BLOCK, lambda name=name: self._write_tensor(name, folds.get(name), found))  # type: ignore[misc]
             for name, tensor in plan.model.tensors.items()
@@ -225,6 +234,12 @@ class KVRun:
                 block = block.to(dtype)
             hasher.update(self.output.write(name, block, rows.start if rows else 0))
         return {"digests": {name: hasher.hexdigest()}, "action": "copied"}
+
+
+def _refuse_nonfinite(model: Any, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter):
+            raise InputError("the weights have a NaN or Inf", file=folder, tensor=name, remedy="mend the checkpoint")
 
 
 def _values_as_they_come(bases: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from basiscli.calibration.tokens import Windows
 from basiscli.engine.kv_attention import Projector, projections, set_bases
 from basiscli.engine.local import Progress
+from basiscli.errors import InputError
 
 Shape = tuple[int, ...]
 
@@ -66,8 +67,8 @@ class GreedySearch:
     """Lower, again and again, what costs least: KL divergence from the dense model, measured, on a few windows.
 
     The published search tries every entry in every round. Here an entry's cost is measured once, and again only after
-    it was lowered (the costs of the others are those of an earlier round); a round lowers several entries; and a trial
-    starts at the layer that it changes, from hidden states kept of the present ranks.
+    it was lowered (the costs of the others are those of an earlier round); a round lowers one entry in twenty; and a
+    trial starts at the layer that it changes, from hidden states kept of the present ranks.
     """
 
     model: Any
@@ -86,31 +87,38 @@ class GreedySearch:
     _divergence: float = 0.0
 
     def run(self, budgets: Sequence[int], progress: Progress) -> list[Found]:
-        """Return what is found for each budget, the largest first: the way to a small one passes all larger ones."""
+        """Return what is found for each budget, the largest first: the way to a small one passes all larger ones.
+
+        A budget is at least one level for every entry.
+        """
         shape = self.bases.shape[:3]
         levels = torch.full(shape, self.levels)
         budgets = sorted(budgets, reverse=True)
-        rounds = _lowerings(math.prod(shape), self.levels, budgets)
+        step = max(1, math.prod(shape) // 20)
         replay = LayerReplay(self.model, self.projectors)
         self.bases = self.bases.to(next(self.model.parameters()).device)
         found = []
-        most = math.prod(shape) + sum(rounds)
+        most = math.prod(shape) * (self.levels + 1) - budgets[-1]
         progress.start("searching", most, most, "trials")
         with torch.no_grad():
             set_bases(self.projectors, None)
             self._learn_from(self.model(**self._inputs(), use_cache=False).logits)
             costs: dict[tuple[int, ...], float] = {}
             changed = [tuple(index) for index in torch.ones(shape).nonzero().tolist()]
-            for lowered in [*rounds, 0]:
+            while True:
                 set_bases(self.projectors, self.bases, levels * self._unit)
                 self._divergence = self._divergence_of(replay.record(self._inputs()))
-                if int(levels.sum()) in budgets:
+                total = int(levels.sum())
+                if total in budgets:
                     found.append(Found(levels.clone(), self._divergence))
-                if lowered:
-                    costs |= self._costs([e for e in changed if levels[e] > 1], levels, replay, progress)
-                    changed = sorted((e for e in costs if levels[e] > 1), key=lambda e: (costs[e], e))[:lowered]
-                    for entry in changed:
-                        levels[entry] -= 1
+                left = next((total - budget for budget in budgets if budget < total), 0)
+                if not left:
+                    break
+                costs |= self._costs([e for e in changed if levels[e] > 1], levels, replay, progress)
+                lowest = sorted((e for e in costs if levels[e] > 1), key=lambda e: (costs[e], e))
+                changed = lowest[: min(step, left)]  # near the least budget, fewer may be left to lower
+                for entry in changed:
+                    levels[entry] -= 1
             set_bases(self.projectors, None)
         return found
 
@@ -165,6 +173,12 @@ class GreedySearch:
         counted = self.windows.labels[:, -self._scored :].to(logits.device) != -100
         log = logits.float().log_softmax(-1)
         self._teacher = log.exp() * counted[..., None]
+        if not bool(counted.any()):
+            raise InputError(
+                "no token in the second halves of the search's windows counts",
+                file=self.windows.name,
+                remedy="give text with --calibration, or --search spectrum",
+            )
         self._counted = counted
         self._negentropy = float((self._teacher * log).sum(dtype=torch.float64))
 
@@ -178,16 +192,7 @@ class GreedySearch:
             z = z.float()
             total += torch.where(keep, z.logsumexp(-1), 0).sum(dtype=torch.float64).cpu()
             total -= torch.einsum("tv,tv->t", p, z).sum(dtype=torch.float64).cpu()
-        return float(total) / max(1, int(self._counted.sum()))
-
-
-def _lowerings(entries: int, levels: int, budgets: Sequence[int]) -> list[int]:
-    """Return how many entries each round lowers: one in twenty, fewer where a budget is met exactly."""
-    step, rounds, present = max(1, entries // 20), [], entries * levels
-    for budget in budgets:
-        left, present = present - budget, budget
-        rounds += [step] * (left // step) + ([left % step] if left % step else [])
-    return rounds
+        return float(total) / int(self._counted.sum())
 
 
 class LayerReplay:

@@ -25,7 +25,7 @@ from basiscli.linalg.orthogonal import nearest_orthogonal
 from basiscli.transforms import KVCompression
 
 _LOSS_TOKENS = 64
-_STATE = ("free", "mean", "square")
+_STATE = ("start", "free", "mean", "square")
 
 
 @dataclass
@@ -72,13 +72,15 @@ class Training:
         finally:
             set_bases(self.projectors, None)
         self._save(self.steps, free, optimiser)
+        if not bool(torch.isfinite(free).all()):
+            raise _lost("the bases are not numbers after the last training step")
         with torch.no_grad():
             # Rounding of the Cayley map's solve (1e-6) is taken out, so that what is stored is orthogonal to float32.
             return nearest_orthogonal(self.method.turned(self.start, free)).float().cpu()
 
     def _step(self, step: int, free: Tensor, optimiser: torch.optim.Optimizer) -> None:
         device = self.start.device
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = _generator(self.seed * 1_000_003 + step)
         ranks = self.method.draw(tuple(self.start.shape[:3]), self.levels, generator)
         batch = self.windows.select(self._places(step))
         inputs = {name: x.to(device) for name, x in batch.inputs.items()}
@@ -89,10 +91,7 @@ class Training:
         student = self.model(**inputs, use_cache=False).logits
         loss, gradient = self._loss(student.detach(), teacher, batch.labels.to(device))
         if not math.isfinite(loss):
-            raise InputError(
-                f"the loss of training step {step} is {loss}",
-                remedy="a lower -p learning_rate, or check the model with `basis eval`",
-            )
+            raise _lost(f"the loss of training step {step} is {loss}")
         optimiser.zero_grad()
         student.backward(gradient)
         torch.nn.utils.clip_grad_norm_([free], 1.0)
@@ -126,7 +125,7 @@ class Training:
         for number in numbers.tolist():
             epoch, place = divmod(number, len(self.windows))
             if not self._orders or self._orders[0] != epoch:
-                shuffled = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed + epoch))
+                shuffled = torch.randperm(len(self.windows), generator=_generator(self.seed + epoch))
                 self._orders = (epoch, shuffled)
             places.append(self._orders[1][place])
         return torch.stack(places)
@@ -135,7 +134,8 @@ class Training:
 
     def _save(self, step: int, free: Tensor, optimiser: torch.optim.Optimizer) -> None:
         state = optimiser.state[free]
-        tensors = [free.detach(), state["exp_avg"], state["exp_avg_sq"]]
+        # The start, too: computed again with another number of threads it would differ in the last bits.
+        tensors = [self.start, free.detach(), state["exp_avg"], state["exp_avg_sq"]]
         specs = [TensorSpec(name, "F32", tuple(x.shape)) for name, x in zip(_STATE, tensors, strict=True)]
         specs += [TensorSpec("step", "I64", (1,)), TensorSpec("losses", "F64", (len(self.losses),))]
         tensors += [torch.tensor([step]), torch.tensor(self.losses, dtype=torch.float64)]
@@ -152,6 +152,7 @@ class Training:
                 tensors = {name: stored.read(name) for name in stored.tensors}
         except BasisError:
             return 0  # the machine went down while it was written
+        self.start = tensors["start"].to(self.start.device)
         with torch.no_grad():
             free.copy_(tensors["free"])
         step = int(tensors["step"])
@@ -162,3 +163,12 @@ class Training:
         }
         self.losses = tensors["losses"].tolist()
         return step
+
+
+def _lost(what: str) -> InputError:
+    return InputError(what, remedy="a lower -p learning_rate, or check the model with `basis eval`")
+
+
+def _generator(seed: int) -> torch.Generator:
+    """Return a generator for a seed of any size."""
+    return torch.Generator().manual_seed(seed % (1 << 63))

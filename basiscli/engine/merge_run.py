@@ -24,6 +24,7 @@ from basiscli.engine.merge_plan import MergePlan, factor_keys, workspace
 from basiscli.engine.tensor_reader import TensorReader, is_finite
 from basiscli.errors import BasisError, InputError, ResourceError
 from basiscli.linalg.lowrank import LowRank, gram, inner
+from basiscli.names import seed_for
 from basiscli.transforms import Norms, TaskVectorMerge, TaskVectors
 
 MERGE, WRITE = "merge", "write"  # the two passes, as the journal's keys begin
@@ -122,7 +123,12 @@ class MergeRun:
         grams: Tensor | None = None
         for rows in read.blocks(whole=not plan.method.elementwise):
             base, others = read.block(rows)
-            available = {"base": base, "others": others, "weights": plan.weights, "seed": self._seed(name)}
+            available = {
+                "base": base,
+                "others": others,
+                "weights": plan.weights,
+                "seed": seed_for(self.plan.settings.seed, name),
+            }
             merged = plan.method.call(plan.values, available)
             if merged.shape != others[0].shape:  # it would run over its neighbours in the file
                 raise BasisError(
@@ -239,11 +245,6 @@ class MergeRun:
                 remedy="a wider --dtype (bf16 or f32), other parameters, or --allow-nonfinite",
             )
         return self.output.write(name, stored, rows.start if rows else 0)
-
-    def _seed(self, name: str) -> int:
-        """Return a seed for one tensor that depends on its name and not on when it is worked on."""
-        key = f"{self.plan.settings.seed}:{name}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
 
     def _reader(self, name: str) -> TensorReader:
         return TensorReader(self.plan, name, self.device)

@@ -55,8 +55,8 @@ class TensorRecord(_Record):
     dtype: str
     shape: tuple[int, ...]
     sha256: str
-    action: Literal["merged", "copied", "rotated"]
-    """rotated: the bases of the values were folded in."""
+    action: Literal["merged", "copied", "rotated", "factor", "residual"]
+    """rotated: the bases of the values were folded in; factor: of an adapter; residual: what the adapter leaves."""
     norms: list[float] | None = None
     cosines: list[list[float | None]] | None = None
     merged_norm: float | None = None
@@ -106,6 +106,28 @@ class KVRecord(_Record):
     """Which engine can use what of this folder."""
 
 
+class ModuleRecord(_Record):
+    """One weight that an adapter has factors of."""
+
+    rank: int
+    norm: float
+    """Frobenius norm of what was decomposed: the weight, or the difference of two."""
+    energy: float
+    """Share of its squared norm that the factors hold, as stored."""
+    error: float | None = None
+    """Of residual + s·B·A against the weight, relative."""
+
+
+class AdapterRecord(_Record):
+    """An adapter that was made from weights."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    exact: bool
+    modules: dict[str, ModuleRecord]
+
+
 class Continuation(_Record):
     """What `--onto` needs to continue this merge."""
 
@@ -136,7 +158,7 @@ class Report(_Record):
     """The whole report."""
 
     schema_version: int = SCHEMA_VERSION
-    command: Literal["merge", "compress"]
+    command: Literal["merge", "compress", "init", "extract"]
     created: str
     method: MethodRecord
     sources: list[SourceRecord]
@@ -147,6 +169,7 @@ class Report(_Record):
     task_vectors: TaskVectorRecord | None = None
     continuation: Continuation | None = None
     kv: KVRecord | None = None
+    adapter: AdapterRecord | None = None
     kinds_found_by: Literal["names", "model"]
     weights_digest: str
     """SHA-256 of the lines `name dtype shape sha256` of all tensors in order of their names: the same however a

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from basiscli.checkpoints.kv_file import read_kv_bases, read_kv_config
+from basiscli.checkpoints.kv_file import CONFIG_FILE, read_kv_bases, read_kv_config
 from basiscli.checkpoints.source import resolve
 from basiscli.errors import InputError
 from basiscli.runtime.kv_projection import KVProjection, attach, attention_modules
@@ -47,7 +47,9 @@ def load(
     kept = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     loaded = load_weights(folder, kept or (torch.float32 if place.type == "cpu" else "auto"), place)
     if read_kv_config(folder) is not None:
-        attach(loaded, projections_of(folder))
+        projections = projections_of(folder)
+        _check_shape(loaded, projections, folder)
+        attach(loaded, projections)
         set_prefill(loaded, prefill)
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     return loaded, load_tokenizer(folder) if any((folder / name).is_file() for name in files) else None
@@ -63,6 +65,25 @@ def projections_of(folder: Path) -> list[KVProjection]:
             found.bases, config.key_ranks, config.value_ranks, strict=True
         )
     ]
+
+
+def _check_shape(model: Any, projections: Sequence[KVProjection], folder: Path) -> None:
+    """Refuse bases of another model: bases of one head would fit any number of heads.
+
+    Raises:
+        InputError: the model has other layers or heads.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found, expected = (len(projections), *projections[0].key_basis.shape[:2]), (config.num_hidden_layers, heads, dim)
+    if found != expected:
+        bases, weights = ("{} layers with {} KV heads of {} dimensions".format(*shape) for shape in (found, expected))
+        raise InputError(
+            f"the KV projection is of another model: {bases}, and the model has {weights}",
+            file=folder / CONFIG_FILE,
+            remedy="make the folder again with `basis compress`",
+        )
 
 
 def set_prefill(model: Any, prefill: Prefill) -> None:

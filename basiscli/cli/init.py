@@ -1,0 +1,199 @@
+"""`basis init` and `basis extract`."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from basiscli.cli import options
+from basiscli.cli.output import Output, errors_shown
+
+if TYPE_CHECKING:
+    from basiscli.engine.init_plan import InitPlan
+    from basiscli.reports.schema import Report
+
+Rank = Annotated[int, typer.Option("--rank", "-r", help="Rank of every factor.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="PEFT's lora_alpha. [default: the rank: scaling 1]", show_default=False)
+]
+RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Decompose exactly; else to 3e-3, measured.")]
+Targets = Annotated[
+    str, typer.Option("--target-modules", help="all-linear, names (q_proj,v_proj), or a regular expression.")
+]
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name@revision).")] = ".",
+    method: Annotated[str, typer.Option("--method", "-m", help="`basis methods` lists them.")] = "pissa",
+    rank: Rank = 16,
+    alpha: Alpha = None,
+    rslora: RsLora = False,
+    exact: Exact = False,
+    target_modules: Targets = "all-linear",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to make. [default: ./MODEL-METHOD]", show_default=False),
+    ] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value of the method; repeatable.")
+    ] = None,
+    dtype: options.Dtype = None,
+    allow_nonfinite: options.AllowNonfinite = False,
+    plugin: options.Plugins = None,
+    device: options.Device = "auto",
+    shard_size: options.ShardSize = "5GB",
+    workers: options.Workers = None,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
+) -> None:
+    """Make a LoRA adapter from a model's weights, and the residual that is its base.
+
+    `OUT/adapter` is plain PEFT and loads on `OUT/residual`; together they are the model.
+    """
+    out = Output(as_json=json, quiet=quiet)
+    with errors_shown(as_json=json):
+        from basiscli.api.init import plan_init
+
+        plan = plan_init(
+            model,
+            method=method,
+            parameters=options.parse_parameters(parameters or []),
+            plugins=plugin or [],
+            rank=rank,
+            alpha=alpha,
+            rslora=rslora,
+            exact=exact,
+            target_modules=_targets(target_modules),
+            output=output,
+            device=device,
+            dtype=dtype,
+            shard_size=shard_size,
+            workers=workers,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+        )
+        _finish(out, plan, dry_run=dry_run)
+
+
+def extract(
+    model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    base: Annotated[str, typer.Option(help="What it was tuned from.")],
+    rank: Rank = 16,
+    alpha: Alpha = None,
+    rslora: RsLora = False,
+    exact: Exact = False,
+    target_modules: Targets = "all-linear",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to make. [default: ./MODEL-extract]", show_default=False),
+    ] = None,
+    dtype: options.Dtype = None,
+    allow_nonfinite: options.AllowNonfinite = False,
+    device: options.Device = "auto",
+    workers: options.Workers = None,
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
+) -> None:
+    """Take a fine-tune out of a model as a LoRA adapter of its base (truncated SVD of the difference)."""
+    out = Output(as_json=json, quiet=quiet)
+    with errors_shown(as_json=json):
+        from basiscli.api.init import plan_extract
+
+        plan = plan_extract(
+            model,
+            base=base,
+            rank=rank,
+            alpha=alpha,
+            rslora=rslora,
+            exact=exact,
+            target_modules=_targets(target_modules),
+            output=output,
+            device=device,
+            dtype=dtype,
+            workers=workers,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+        )
+        _finish(out, plan, dry_run=dry_run)
+
+
+def _targets(text: str) -> str | list[str]:
+    """Return names for a list of them, and anything else as it is: a keyword or a regular expression."""
+    words = text.split(",")
+    plain = all(word and word.replace("_", "").replace(".", "").isalnum() for word in words)
+    return words if plain and text != "all-linear" else text
+
+
+def _finish(out: Output, plan: InitPlan, *, dry_run: bool) -> None:
+    from basiscli.api.init import run_init
+
+    if dry_run:
+        plan.close()
+        out.result(_plan_document(plan), lambda: _show_plan(out, plan))
+        return
+    for note in plan.notes:
+        out.note(f"note: {note}")
+    result = run_init(plan, out.progress())
+    out.note(_summary(result.report))
+    document = {"output": str(result.path), "adapter": str(result.adapter)}
+    document["residual"] = str(result.residual) if result.residual else None  # type: ignore[assignment]
+    document |= json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
+    out.result(document, lambda: out.line(str(result.path)))
+
+
+def _summary(report: Report) -> str:
+    from basiscli.names import format_size
+
+    numbers, cost, adapter = report.numbers, report.cost, report.adapter
+    assert adapter is not None
+    error = f"; residual + adapter is the model to {numbers['error_most']:.1e}" if "error_most" in numbers else ""
+    return (
+        f"{numbers['modules']:.0f} modules of rank {adapter.rank}, {numbers['adapter_parameters']:,.0f} parameters: "
+        f"{numbers['energy']:.1%} of the energy ({numbers['energy_least']:.1%} at least){error}\n"
+        f"{format_size(cost.written_bytes)} in {cost.seconds:.1f} s, "
+        f"peak memory {format_size(cost.peak_memory_bytes)} on {cost.device}"
+    )
+
+
+def _plan_document(plan: InitPlan) -> dict[str, Any]:
+    return {
+        "output": str(plan.out),
+        "method": plan.method.name,
+        "parameters": plan.values.model_dump(mode="json"),
+        "model": plan.model.source.spec,
+        "base": plan.base.source.spec if plan.base else None,
+        "rank": plan.rank,
+        "alpha": plan.alpha,
+        "modules": [name.removesuffix(".weight") for name in plan.targets],
+        "write_bytes": plan.layout.nbytes,
+        "peak_bytes": plan.peak_bytes,
+        "notes": plan.notes,
+    }
+
+
+def _show_plan(out: Output, plan: InitPlan) -> None:
+    from basiscli.names import format_size
+
+    out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
+    out.line(f"{len(plan.targets)} modules of rank {plan.rank}, scaling {plan.scaling:g}")
+    for note in plan.notes:
+        out.line(f"note: {note}")
+    out.line(f"write {format_size(plan.layout.nbytes)}, memory for tensors at most {format_size(plan.peak_bytes)}")

@@ -1,0 +1,1 @@
+"""Methods that initialise adapters, one a file."""
