@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from basiscli.api.compress import CompressResult, compress, plan_compress
     from basiscli.api.diff import TensorDifference, diff
     from basiscli.api.evaluate import Evaluation, ModelFigures, evaluate
+    from basiscli.api.expand import ExpandResult, expand
     from basiscli.api.init import InitResult, extract, init, plan_extract, plan_init
     from basiscli.api.inspect import Inspection, inspect
     from basiscli.api.merge import MergeResult, merge, plan_merge
@@ -43,6 +44,7 @@ _HOMES = {
     "basiscli.api.compress": ["CompressResult", "compress", "plan_compress"],
     "basiscli.api.diff": ["TensorDifference", "diff"],
     "basiscli.api.evaluate": ["Evaluation", "ModelFigures", "evaluate"],
+    "basiscli.api.expand": ["ExpandResult", "expand"],
     "basiscli.api.init": ["InitResult", "extract", "init", "plan_extract", "plan_init"],
     "basiscli.api.inspect": ["Inspection", "inspect"],
     "basiscli.api.merge": ["MergeResult", "merge", "plan_merge"],
@@ -69,6 +71,7 @@ __all__ = [
     "BasisError",
     "CompressResult",
     "Evaluation",
+    "ExpandResult",
     "GateFailed",
     "History",
     "HubError",
@@ -92,6 +95,7 @@ __all__ = [
     "compress",
     "diff",
     "evaluate",
+    "expand",
     "extract",
     "init",
     "inspect",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from basiscli.cli import compress, demo, diff, evaluate, init, inspect, merge, methods, verify
+from basiscli.cli import compress, demo, diff, evaluate, expand, init, inspect, merge, methods, verify
 from basiscli.version import __version__
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("merge")(merge.merge)
 app.command("compress")(compress.compress)
 app.command("init")(init.init)
 app.command("extract")(init.extract)
+app.command("expand")(expand.expand)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)

@@ -1,0 +1,196 @@
+"""The way back: a trained PiSSA adapter as plain LoRA of the original base, an adapter and its base as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basiscli.api.merge import merge
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.digests import digest, weights_digest
+from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, resolve
+from basiscli.checkpoints.writer import PartialOutput
+from basiscli.engine.local import Progress
+from basiscli.engine.merge_plan import ADAPTER_FILE
+from basiscli.engine.output_place import check_disk, output_place
+from basiscli.errors import InputError, UsageError
+from basiscli.reports.schema import read_report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpandResult:
+    """Where the result is."""
+
+    path: Path
+    kind: str
+    """'adapter' or 'checkpoint'."""
+    weights_digest: str
+    modules: int
+
+
+def expand(
+    adapter: str | Path,
+    *,
+    initial: str | Path | None = None,
+    base: str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExpandResult:
+    """Make of an adapter what everything can load.
+
+    With `initial`, the adapter was trained from a start that is not zero (`basis init`: PiSSA, MiLoRA, OLoRA) on its
+    residual. What it changed of the original model is s(BA − B₀A₀), a LoRA of twice the rank on the original base:
+    A' = [A; A₀], B' = [B, −B₀]. Without, the adapter is added to its base: a full checkpoint.
+
+    Args:
+        adapter: the trained adapter.
+        initial: the adapter that its training began with.
+        base: with `initial`, the name of the original model to write into the result (by default the one that the
+            initial adapter's report names); without, the base to add the adapter to (by default the one it names).
+        output: the folder to make; `./ADAPTER-lora` or `./ADAPTER-merged` by default.
+        overwrite: replace an earlier output of basis.
+        progress: what to tell how far the work is.
+
+    Raises:
+        UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
+    """
+    source = resolve(str(adapter))
+    if not source.is_adapter:
+        raise InputError("not an adapter", file=source.path, remedy="give a PEFT LoRA folder")
+    name = source.label.rpartition("/")[2].partition("@")[0]
+    if initial is not None:
+        return _to_lora(source, resolve(str(initial)), base, Path(output or f"{name}-lora"), overwrite)
+    done = merge(
+        [adapter],
+        method="task_arithmetic",
+        parameters={"lambda": 1.0},
+        base=base,
+        output=output or f"{name}-merged",
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return ExpandResult(done.path, "checkpoint", done.report.weights_digest, len(Adapter(source).modules))
+
+
+def _to_lora(trained: Source, initial: Source, base: str | Path | None, out: Path, overwrite: bool) -> ExpandResult:
+    """Write s(BA − B₀A₀) as plain LoRA."""
+    if not initial.is_adapter:
+        raise InputError("not an adapter", file=initial.path, remedy="give the adapter that `basis init` made")
+    new, old = Adapter(trained), Adapter(initial)
+    with closing(new.weights), closing(old.weights):
+        _check_pair(new, old)
+        place = output_place(out, [trained, initial], overwrite=overwrite)
+        config = _config(new, _base_name(initial, base))
+        specs = [spec for spec, _ in _tensors(new, old, read=False)]
+        layout = Layout.plan(specs, 1 << 62, single_file=ADAPTER_FILE)
+        check_disk(place, layout.nbytes)
+        output = PartialOutput(place, layout, digest([json.dumps(config).encode()]), resume=False)
+        try:
+            written = {}
+            for spec, tensor in _tensors(new, old, read=True):
+                assert tensor is not None
+                written[spec.name] = digest([output.write(spec.name, tensor)])
+            files = {ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+            output.commit(files, overwrite=overwrite)
+        except InputError:
+            output.discard()
+            raise
+        finally:
+            output.close()
+    return ExpandResult(place, "adapter", weights_digest(specs, written), len(new.modules))
+
+
+def _tensors(new: Adapter, old: Adapter, *, read: bool) -> Iterator[tuple[TensorSpec, Tensor | None]]:
+    """Yield every tensor of the result, in the trained adapter's order; without reading, only what it will be."""
+    starts = {stored: place for place in new.modules.values() for stored in (place.a, place.b)}
+    first = {place.a: old.modules[m].a for m, place in new.modules.items()}
+    first |= {place.b: old.modules[m].b for m, place in new.modules.items()}
+    for name, stored in new.weights.tensors.items():
+        if name not in starts:
+            yield TensorSpec(name, stored.dtype, stored.shape), new.weights.read(name) if read else None
+            continue
+        axis = 0 if name == starts[name].a else 1
+        shape = list(stored.shape)
+        shape[axis] *= 2
+        tensor = None
+        if read:
+            import torch
+
+            own, start = new.weights.read(name), old.weights.read(first[name]).to(new.weights.read(name).dtype)
+            tensor = torch.cat([own, start if axis == 0 else -start], axis)
+        yield TensorSpec(name, stored.dtype, tuple(shape)), tensor
+
+
+def _check_pair(new: Adapter, old: Adapter) -> None:
+    """Refuse adapters that are not a training's end and beginning."""
+    if new.bias_deltas:
+        raise InputError("the adapter trains biases of its factors", file=new.source.path, remedy="merge it instead")
+    for module in sorted(new.modules.keys() ^ old.modules.keys()):
+        raise InputError(
+            f"only one of the two adapters has {module}",
+            file=old.source.path,
+            remedy="give the adapter that this training began with",
+        )
+    for module, place in new.modules.items():
+        start = old.modules[module]
+        if place.embedding or place.scaling != start.scaling:
+            what = "an embedding's factors" if place.embedding else f"scaling {place.scaling:g} and {start.scaling:g}"
+            raise InputError(f"{module}: {what}", file=new.source.path, remedy="give the adapter it began with")
+        for mine, its in ((place.a, start.a), (place.b, start.b)):
+            one, other = new.weights.tensors[mine], old.weights.tensors[its]
+            if one.shape != other.shape:
+                raise InputError(
+                    f"shapes differ: {list(one.shape)} trained, {list(other.shape)} at the start",
+                    file=old.source.path,
+                    tensor=its,
+                    remedy="give the adapter that this training began with",
+                )
+            if one.dtype != other.dtype and {one.dtype, other.dtype} != {"F32", other.dtype}:
+                raise InputError(
+                    f"the start is stored in {other.dtype}, the trained adapter in {one.dtype}: rounding it would "
+                    "change what it subtracts",
+                    file=new.source.path,
+                    tensor=mine,
+                    remedy="save the trained adapter in float32, or as the start is stored",
+                )
+
+
+def _config(new: Adapter, base: str | None) -> dict[str, Any]:
+    """Return the config of twice the rank and the same scaling: alpha grows by 2, with rsLoRA by √2."""
+    factor = math.sqrt(2) if new.config.get("use_rslora") else 2
+    alphas = {key: value * factor for key, value in (new.config.get("alpha_pattern") or {}).items()}
+    ranks = {key: value * 2 for key, value in (new.config.get("rank_pattern") or {}).items()}
+    return new.config | {
+        "r": new.config.get("r", 8) * 2,
+        "lora_alpha": new.config.get("lora_alpha", 8) * factor,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "init_lora_weights": True,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+
+
+def _base_name(initial: Source, base: str | Path | None) -> str:
+    """Return the original model's name: as given, or as the report of its initialisation has it."""
+    if base is not None:
+        return str(base)
+    report = read_report(initial.path)
+    if report is None or report.command != "init":
+        raise UsageError(
+            "which model the initial adapter was made from is not known",
+            remedy="say it with --base: its name is written into the result",
+        )
+    source = report.sources[0]
+    return source.repo_id or str(Path(source.spec).resolve() if Path(source.spec).exists() else source.spec)
