@@ -133,15 +133,15 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT, PartialOutput
+    from basiscli.checkpoints.writer import REPORT
     from basiscli.engine.devices import choose_device
     from basiscli.engine.kv_run import KVRun
+    from basiscli.engine.partial import partial_output
     from basiscli.reports.kv_report import build_kv_report, kv_card
     from basiscli.runtime.export import exported_files, without_export
 
     device = choose_device(plan.settings.device)
-    output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
-    try:
+    with partial_output(plan, progress, resume=plan.settings.resume) as output:
         run = KVRun(plan, output, progress, device)
         found = run.run()
         report = build_kv_report(run, found, seconds=time.monotonic() - started)
@@ -151,11 +151,4 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
             files |= exported_files(files["config.json"])
         files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": kv_card(plan, report)}
         output.commit(files, overwrite=plan.settings.overwrite)
-    except InputError:
-        output.discard()  # the same command would fail again: there is nothing to go on with
-        raise
-    finally:
-        progress.stop()
-        output.close()
-        plan.close()
     return CompressResult(plan.out, report)

@@ -14,7 +14,7 @@ from basiscli.engine.init_plan import ADAPTER, ALL_LINEAR, RESIDUAL, InitPlan
 from basiscli.engine.init_plan import plan_init as _plan
 from basiscli.engine.local import Progress, Silent, default_workers
 from basiscli.engine.merge_plan import Settings
-from basiscli.errors import InputError, UsageError
+from basiscli.errors import UsageError
 from basiscli.names import parse_size
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
@@ -86,7 +86,8 @@ def init(
             exact: decompose exactly; else to 3e-3, measured.
             target_modules: 'all-linear', a regular expression for whole module names, or a list of names.
             output: the folder to make, with `adapter/` and `residual/`; `./MODEL-METHOD` by default.
-            device, dtype, shard_size, workers, seed, resume, overwrite, allow_nonfinite: as for `merge`.
+            allow_nonfinite: copy tensors with NaN or Inf; a weight that is decomposed may hold none.
+            device, dtype, shard_size, workers, seed, resume, overwrite: as for `merge`.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
@@ -135,14 +136,14 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
     """Carry out a plan."""
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT, PartialOutput
+    from basiscli.checkpoints.writer import REPORT
     from basiscli.engine.devices import choose_device
     from basiscli.engine.init_run import InitRun
+    from basiscli.engine.partial import partial_output
     from basiscli.reports.init_report import build_init_report, lora_config, part_of
 
     device = choose_device(plan.settings.device)
-    output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
-    try:
+    with partial_output(plan, progress, resume=plan.settings.resume) as output:
         run = InitRun(plan, output, progress, device)
         run.run()
         report = build_init_report(run, seconds=time.monotonic() - started)
@@ -155,13 +156,6 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
             files |= {f"{part}/{REPORT}": _json(part_of(report, plan, part)) for part in (ADAPTER, RESIDUAL)}
             files[f"{ADAPTER}/adapter_config.json"] = lora_config(plan)
         output.commit(files, overwrite=plan.settings.overwrite)
-    except InputError:
-        output.discard()  # the same command would fail again: there is nothing to go on with
-        raise
-    finally:
-        progress.stop()
-        output.close()
-        plan.close()
     if plan.base is not None:
         return InitResult(plan.out, plan.out, None, report)
     return InitResult(plan.out, plan.out / ADAPTER, plan.out / RESIDUAL, report)

@@ -13,7 +13,7 @@ from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.local import Progress, Silent, default_workers
 from basiscli.engine.merge_plan import MergePlan, Settings
 from basiscli.engine.merge_plan import plan_merge as _plan
-from basiscli.errors import InputError, UsageError
+from basiscli.errors import UsageError
 from basiscli.names import parse_size
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
@@ -118,15 +118,15 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     """Carry out a plan."""
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT, PartialOutput
+    from basiscli.checkpoints.writer import REPORT
     from basiscli.engine.devices import choose_device
     from basiscli.engine.merge_run import MergeRun
+    from basiscli.engine.partial import partial_output
     from basiscli.reports.card import model_card
     from basiscli.reports.merge_report import build_report
 
     device = choose_device(plan.settings.device)
-    output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=plan.settings.resume)
-    try:
+    with partial_output(plan, progress, resume=plan.settings.resume) as output:
         run = MergeRun(plan, output, progress, device)
         merging = time.monotonic()
         journal = run.run()
@@ -140,13 +140,6 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
             files = {"adapter_config.json": _adapter_config(plan, plan.adapter_rank)}
         files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": card}
         output.commit(files, overwrite=plan.settings.overwrite)
-    except InputError:
-        output.discard()  # the same command would fail again: there is nothing to go on with
-        raise
-    finally:
-        progress.stop()
-        output.close()
-        plan.close()
     return MergeResult(plan.out, report)
 
 

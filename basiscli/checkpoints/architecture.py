@@ -8,7 +8,7 @@ tells which of the two answered.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +53,7 @@ _EMBEDDING = re.compile(
 _NORM = re.compile(r".*(norm|ln|layernorm|layer_norm|ln_\w+|ln\d|norm\d)", re.IGNORECASE)
 _BUFFER = re.compile(r".*(inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked|running_mean|running_var)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_WHOLE = {"model", "transformer", "gpt_neox", "backbone", "bert", "roberta", "distilbert", "electra", "lm_head", "cls"}
 _QUANTISED = re.compile(r".*\.(weight|qweight|qzeros|weight_packed|absmax|g_idx)")
 
 
@@ -106,6 +107,26 @@ def kinds(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec]) -> Kinds:
             # Without a model a matrix counts as linear, as it nearly always is.
             named[name] = _lookup(from_model, name) or Kind.LINEAR
     return Kinds({name: kind for name, kind in named.items() if kind is not None}, found_by)
+
+
+def loaded_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """Return what the model that the config names calls some stored parameters: what PEFT will call them.
+
+    GPT-2's published checkpoints say `h.0…`, and the model that is loaded from them `transformer.h.0…`. The model is
+    built to ask only where the names do not begin as those of a whole model do.
+    """
+    as_stored = {name: name for name in names}
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    headless = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    if headless or all(name.partition(".")[0] in _WHOLE for name in as_stored):
+        return as_stored
+    found = _kinds_from_model(checkpoint)
+    first = next((name for name in as_stored if name not in found), None)
+    longer = next((parameter for parameter in found if parameter.endswith(f".{first}")), None)
+    if first is None or longer is None:
+        return as_stored
+    prefix = longer.removesuffix(first)
+    return {name: name if name in found or prefix + name not in found else prefix + name for name in as_stored}
 
 
 def tied_pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:

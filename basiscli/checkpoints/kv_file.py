@@ -81,10 +81,10 @@ def read_kv_config(folder: Path) -> KVConfig | None:
     Raises:
         InputError: if it is damaged, of a newer format, or its ranks fit no head.
     """
-    table = read_json(folder / CONFIG_FILE)
-    if not table:
-        return None
     file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    table = read_json(file)
     try:
         config = KVConfig.model_validate(table)
     except ValidationError as error:

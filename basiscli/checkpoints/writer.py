@@ -121,7 +121,8 @@ class PartialOutput:
                 _sync(target)
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
-            _sync(self.folder)
+            for folder in {(self.folder / name).parent for name in [*files, *self._descriptors]} | {self.folder}:
+                _sync(folder)
             self._take_the_name(overwrite)
             # Last, so that a process killed before the renaming finds all its work again.
             shutil.rmtree(self.out / SCRATCH, ignore_errors=True)

@@ -153,8 +153,11 @@ def _finish(out: Output, plan: InitPlan, *, dry_run: bool) -> None:
         out.note(f"note: {note}")
     result = run_init(plan, out.progress())
     out.note(_summary(result.report))
-    document = {"output": str(result.path), "adapter": str(result.adapter)}
-    document["residual"] = str(result.residual) if result.residual else None  # type: ignore[assignment]
+    document: dict[str, Any] = {  # the report has `adapter` for itself
+        "output": str(result.path),
+        "adapter_folder": str(result.adapter),
+        "residual_folder": str(result.residual) if result.residual else None,
+    }
     document |= json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
     out.result(document, lambda: out.line(str(result.path)))
 
@@ -182,7 +185,7 @@ def _plan_document(plan: InitPlan) -> dict[str, Any]:
         "base": plan.base.source.spec if plan.base else None,
         "rank": plan.rank,
         "alpha": plan.alpha,
-        "modules": [name.removesuffix(".weight") for name in plan.targets],
+        "modules": list(plan.targets.values()),
         "write_bytes": plan.layout.nbytes,
         "peak_bytes": plan.peak_bytes,
         "notes": plan.notes,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from basiscli.checkpoints.adapter import CONV1D_MODELS
-from basiscli.checkpoints.architecture import Kind, kinds
+from basiscli.checkpoints.architecture import Kind, kinds, loaded_names
 from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
@@ -47,8 +47,8 @@ class InitPlan:
     alpha: float
     rslora: bool
     exact: bool
-    targets: list[str]
-    """Names of weights, in their order."""
+    targets: dict[str, str]
+    """Weights in their order, and what the model calls their modules once it is loaded."""
     layout: Layout
     settings: Settings
     notes: list[str]
@@ -61,7 +61,7 @@ class InitPlan:
     @property
     def copied(self) -> list[str]:
         """Tensors of the residual that are as they were."""
-        return [] if self.base else [name for name in self.model.tensors if name not in set(self.targets)]
+        return [] if self.base else [name for name in self.model.tensors if name not in self.targets]
 
     @property
     def transposed(self) -> bool:
@@ -81,8 +81,8 @@ class InitPlan:
         settings = self.settings
         facts = [
             __version__, self.method.name, self.values.model_dump(mode="json"), self.rank, self.alpha, self.rslora,
-            self.exact, self.targets, stamps, settings.device, settings.dtype, settings.seed, settings.allow_nonfinite,
-            [shard.header[0].hex() for shard in self.layout.shards],
+            self.exact, list(self.targets.items()), stamps, settings.device, settings.dtype, settings.seed,
+            settings.allow_nonfinite, [shard.header[0].hex() for shard in self.layout.shards],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -92,6 +92,11 @@ class InitPlan:
         small = min(tensor.shape)
         # The weight as stored, in float32 and float64, products of its size; the Gram matrix, its vectors, LAPACK.
         return 28 * tensor.count + 4 * 8 * small * small
+
+    def keys(self, name: str) -> tuple[str, str]:
+        """Return the names that PEFT gives the two factors, A and B, of a weight."""
+        module = f"base_model.model.{self.targets[name]}"
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Return (out_features, in_features) of a weight."""
@@ -154,17 +159,17 @@ def plan_init(
     return InitPlan(**{**vars(plan), "layout": layout})
 
 
-def adapter_keys(name: str) -> tuple[str, str]:
-    """Return the names that PEFT gives the two factors of a weight."""
-    module = f"base_model.model.{name.removesuffix('.weight')}"
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def _targets(model: Checkpoint, wanted: str | Sequence[str]) -> list[str]:
-    """Return the weights that `target_modules` means, read as PEFT reads it."""
-    found = kinds(model, model.tensors).by_name
-    linear = sorted((n for n, kind in found.items() if kind is Kind.LINEAR and n.endswith(".weight")), key=natural_key)
-    modules = [name.removesuffix(".weight") for name in linear]
+def _targets(model: Checkpoint, wanted: str | Sequence[str]) -> dict[str, str]:
+    """Return the weights that `target_modules` means, read as PEFT reads it, and their modules."""
+    kind_of = kinds(model, model.tensors).by_name
+    linear = [n for n, t in model.tensors.items() if kind_of[n] is Kind.LINEAR and n.endswith(".weight") and t.count]
+    loaded = loaded_names(model, sorted(linear, key=natural_key))
+    weights = {module.removesuffix(".weight"): name for name, module in loaded.items()}
+    modules = list(weights)
+    if not modules:
+        raise InputError(
+            "the checkpoint holds no linear layer", file=model.source.path, remedy="give the folder of a whole model"
+        )
     leaves = {module.rpartition(".")[2] for module in modules}
     if wanted == ALL_LINEAR:
         chosen = [module for module in modules if module.rpartition(".")[2] not in _HEADS]
@@ -172,7 +177,10 @@ def _targets(model: Checkpoint, wanted: str | Sequence[str]) -> list[str]:
         try:
             pattern = re.compile(wanted)
         except re.error as error:
-            raise UsageError(f"--target-modules '{wanted}' is no regular expression: {error}") from error
+            raise UsageError(
+                f"--target-modules '{wanted}' is no regular expression: {error}",
+                remedy=f"mend it, or give '{ALL_LINEAR}' or names out of {', '.join(sorted(leaves))}",
+            ) from error
         chosen = [module for module in modules if pattern.fullmatch(module)]
     else:
         unknown = [word for word in wanted if not any(m == word or m.endswith(f".{word}") for m in modules)]
@@ -184,7 +192,7 @@ def _targets(model: Checkpoint, wanted: str | Sequence[str]) -> list[str]:
             f"--target-modules {wanted} matches no linear layer",
             remedy=f"'{ALL_LINEAR}', names out of {', '.join(sorted(leaves))}, or a regular expression for whole names",
         )
-    return [f"{module}.weight" for module in chosen]
+    return {weights[module]: module for module in chosen}
 
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
@@ -207,12 +215,12 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
 def _check_ranks(plan: InitPlan) -> None:
     most = min(min(plan.model.tensors[name].shape) for name in plan.targets)
     for name in plan.targets:
-        tensor = plan.model.tensors[name]
-        if not DTYPES[tensor.dtype].floating or DTYPES[tensor.dtype].bits < 16:
-            raise InputError(
-                f"{tensor.dtype} weights are not decomposed", file=tensor.file, tensor=name,
-                remedy="give the unquantised checkpoint",
-            )  # fmt: skip
+        for tensor in (checkpoint.tensors[name] for checkpoint in (plan.model, plan.base) if checkpoint):
+            if not DTYPES[tensor.dtype].floating or DTYPES[tensor.dtype].bits < 16:
+                raise InputError(
+                    f"{tensor.dtype} weights are not decomposed", file=tensor.file, tensor=name,
+                    remedy="give the unquantised checkpoint",
+                )  # fmt: skip
         if plan.rank > min(tensor.shape):
             raise UsageError(
                 f"rank {plan.rank} is larger than the matrix ({' × '.join(map(str, tensor.shape))})",
@@ -221,8 +229,8 @@ def _check_ranks(plan: InitPlan) -> None:
             )
 
 
-def _check_pair(model: Checkpoint, base: Checkpoint, targets: Sequence[str]) -> list[str]:
-    """Refuse a base of other shapes; note parameters that a LoRA of linear layers leaves out."""
+def _check_pair(model: Checkpoint, base: Checkpoint, targets: Collection[str]) -> list[str]:
+    """Refuse a base of other shapes; note what is left out, changed or not: only headers are known here."""
     for name in targets:
         found = base.tensors.get(name)
         if found is None or found.shape != model.tensors[name].shape:
@@ -234,13 +242,14 @@ def _check_pair(model: Checkpoint, base: Checkpoint, targets: Sequence[str]) -> 
                 remedy="give the base that the model was tuned from with --base",
             )
     left = len(model.tensors) - len(targets)
-    return [f"{left} other tensors (embeddings, norms, biases) are not in the adapter"] if left else []
+    one = "1 other tensor is" if left == 1 else f"{left} other tensors are"
+    return [f"{one} not compared: what the fine-tune changed there is not in the adapter"] if left else []
 
 
 def _layout(plan: InitPlan) -> Layout:
     factors = []
     for name in plan.targets:
-        key_a, key_b = adapter_keys(name)
+        key_a, key_b = plan.keys(name)
         out_features, in_features = plan.linear_shape(name)
         dtype = plan.settings.dtype or plan.model.tensors[name].dtype
         factors += [

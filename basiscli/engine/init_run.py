@@ -12,7 +12,7 @@ from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.copying import copy_tensor
-from basiscli.engine.init_plan import InitPlan, adapter_keys
+from basiscli.engine.init_plan import InitPlan
 from basiscli.engine.local import Progress, Task, run_tasks
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import BasisError, InputError, ResourceError
@@ -59,7 +59,8 @@ class InitRun:
         return self.output.finished
 
     def _copy(self, name: str) -> dict[str, Any]:
-        return {"digests": {name: copy_tensor(self.plan.model, self.output, name)}}
+        allow = self.plan.settings.allow_nonfinite
+        return {"digests": {name: copy_tensor(self.plan.model, self.output, name, allow_nonfinite=allow)}}
 
     def _factorise(self, name: str) -> dict[str, Any]:
         """Write the factors of one weight, and the weight without them.
@@ -71,13 +72,15 @@ class InitRun:
         weight, read = self._weight(name)
         space = SVD(plan.exact, seed_for(plan.settings.seed, name))
         b, a = plan.method.call(plan.values, {"weight": weight, "rank": plan.rank, "svd": space})
-        if b.shape != (weight.shape[0], plan.rank) or a.shape != (plan.rank, weight.shape[1]):
+        fit = b.shape == (weight.shape[0], plan.rank) and a.shape == (plan.rank, weight.shape[1])
+        if not (fit and is_finite(b) and is_finite(a)):
+            what = f"factors of {list(b.shape)} and {list(a.shape)}" if not fit else "factors with NaN or Inf"
             raise BasisError(
-                f"{plan.method.name} made factors of {list(b.shape)} and {list(a.shape)}",
+                f"{plan.method.name} made {what}",
                 tensor=name,
                 remedy="an init method returns B [out, rank] and A [rank, in]; report this to its author",
             )
-        key_a, key_b = adapter_keys(name)
+        key_a, key_b = plan.keys(name)
         root = plan.scaling**0.5
         stored_a, stored_b = self._stored(key_a, a / root), self._stored(key_b, b / root)
         product = plan.scaling * (stored_b.float().to(weight) @ stored_a.float().to(weight))
@@ -104,7 +107,7 @@ class InitRun:
             raw = checkpoint.read(name)
             read[str(place)] = digest([raw_bytes(raw)])
             parts.append(raw.to(self.device).float())
-            if not (plan.settings.allow_nonfinite or is_finite(parts[-1])):
+            if not is_finite(parts[-1]):
                 raise InputError(
                     "the tensor holds NaN or Inf",
                     file=checkpoint.tensors[name].file,
@@ -118,6 +121,6 @@ class InitRun:
         """Round to the storage dtype and check."""
         dtype = self.plan.layout.tensors[name].dtype
         stored = values.to(torch_dtype(dtype)).contiguous()
-        if not (self.plan.settings.allow_nonfinite or is_finite(stored)):
+        if not is_finite(stored):
             raise InputError(f"the values do not fit {dtype}", tensor=name, remedy="a wider --dtype (bf16 or f32)")
         return stored

@@ -17,12 +17,12 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
-from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE, Checkpoint
 from basiscli.engine.local import default_workers
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
-from basiscli.runtime.export import AUTO_MAP
+from basiscli.runtime.export import AUTO_MAP, exported_files
 from basiscli.transforms import Method
 from basiscli.version import __version__
 
@@ -164,6 +164,9 @@ def plan_kv(
         )
     model = Checkpoint.open(source)
     shape = kv_shape(model.source)
+    _check_loadable(model)
+    if settings.export:
+        exported_files(json.dumps(model.config).encode())  # whether it can be done is said now
     earlier = read_kv_config(model.source.folder)
     if earlier is not None and [len(earlier.key_ranks), len(earlier.key_ranks[0]), earlier.head_dim] != [
         shape.layers, shape.heads, shape.dim,
@@ -202,6 +205,18 @@ def _beside(source: Source) -> Path:
     return source.path.with_suffix("") if source.path.suffix == ".gguf" else source.folder
 
 
+def _check_loadable(model: Checkpoint) -> None:
+    """Refuse weights that are not those that transformers loads from the model's folder."""
+    folder = model.source.folder
+    found = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    if not found or Checkpoint.open(Source(model.source.spec, folder)).files != model.files:
+        raise InputError(
+            f"the model has to run, and these weights are not in {SINGLE_FILE} or in shards with an index",
+            file=model.source.path,
+            remedy="load it with transformers and `save_pretrained` it into a folder of its own",
+        )
+
+
 def kv_shape(source: Source) -> KVShape:
     """Return the shape of a model's KV cache from its configuration.
 
@@ -236,7 +251,11 @@ def kv_shape(source: Source) -> KVShape:
             f"the config does not say how large the KV cache is: {error}", file=file, remedy="give a complete config"
         ) from error
     if layers < 1 or kv_heads < 1 or dim < 2:
-        raise InputError(f"a cache of {layers} layers, {kv_heads} KV heads of {dim} dimensions", file=file)
+        raise InputError(
+            f"a cache of {layers} layers, {kv_heads} KV heads of {dim} dimensions",
+            file=file,
+            remedy="give a complete config",
+        )
     return KVShape(layers, kv_heads, dim)
 
 

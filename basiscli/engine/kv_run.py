@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from basiscli.calibration.tokens import Windows, read_windows
+from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.kv_file import KVBases, KVConfig, read_kv_bases
-from basiscli.checkpoints.views import row_blocks
 from basiscli.checkpoints.writer import PartialOutput
+from basiscli.engine.copying import BLOCK_ELEMENTS, copy_tensor
 from basiscli.engine.kv_attention import Moments, Projector
 from basiscli.engine.kv_fold import Fold, folds_of
 from basiscli.engine.kv_plan import KVPlan
@@ -32,7 +33,6 @@ from basiscli.runtime.load import load_tokenizer, load_weights
 from basiscli.runtime.support import check_attention
 from basiscli.transforms import AttentionMoments, KVCompression
 
-_BLOCK = 1 << 22  # elements copied at a time
 _TRIALS_ON_GPU = 8
 
 
@@ -60,7 +60,10 @@ class KVRun:
         folds = self._folds()
         try:
             found = self._find()
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            # The CPU's allocator raises a plain RuntimeError.
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise
             raise ResourceError(
                 "out of memory", remedy="a smaller --batch or --length; the same command goes on where this one stopped"
             ) from error
@@ -193,9 +196,9 @@ class KVRun:
             }
             self.seconds["searching"] = time.monotonic() - started
             self.output.record("search", done)
+        self.seconds["a trial of the search"] = done["trial_seconds"]
         self.numbers |= {
             "search_trials": done["trials"],
-            "search_seconds_a_trial": done["trial_seconds"],
             "search_kl": done["divergence"],
         }
         return torch.tensor(done["levels"])
@@ -215,25 +218,19 @@ class KVRun:
     def _write_weights(self, found: KVBases, folds: dict[str, Fold]) -> None:
         plan = self.plan
         tasks = [
-            Task(name, tensor.nbytes, 4 * _BLOCK, lambda name=name: self._write_tensor(name, folds.get(name), found))  # type: ignore[misc]
+            Task(name, tensor.nbytes, 4 * BLOCK_ELEMENTS, partial(self._write_tensor, name, folds.get(name), found))
             for name, tensor in plan.model.tensors.items()
             if name not in self.output.finished
         ]
         run_tasks(tasks, self.output.record, workers=plan.settings.workers, progress=self.progress, what="writing")
 
     def _write_tensor(self, name: str, fold: Fold | None, found: KVBases) -> dict[str, Any]:
-        read, dtype = self.plan.model, torch_dtype(self.plan.layout.tensors[name].dtype)
-        hasher = hashlib.sha256()
-        if fold is not None:
-            values = fold.folded(name, read.read(name), found.bases[fold.layer, 1])
-            hasher.update(self.output.write(name, values.to(dtype)))
-            return {"digests": {name: hasher.hexdigest()}, "action": "rotated"}
-        for rows in row_blocks(read.tensors[name].shape, _BLOCK):
-            block = read.read(name, rows)
-            if block.is_floating_point():
-                block = block.to(dtype)
-            hasher.update(self.output.write(name, block, rows.start if rows else 0))
-        return {"digests": {name: hasher.hexdigest()}, "action": "copied"}
+        read = self.plan.model
+        if fold is None:
+            return {"digests": {name: copy_tensor(read, self.output, name)}, "action": "copied"}
+        values = fold.folded(name, read.read(name), found.bases[fold.layer, 1])
+        stored = values.to(torch_dtype(self.plan.layout.tensors[name].dtype))
+        return {"digests": {name: digest([self.output.write(name, stored)])}, "action": "rotated"}
 
 
 def _refuse_nonfinite(model: Any, folder: Path) -> None:

@@ -85,9 +85,9 @@ def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERAN
     while basis.shape[1] + _REFINEMENTS * block <= most:
         for _ in range(_REFINEMENTS):
             new = weight @ (weight.mT @ last)
-            for _ in range(2):  # once leaves what float32 rounds
-                new = new - basis @ (basis.mT @ new)
-            last = torch.linalg.qr(new)[0]
+            for _ in range(2):  # once leaves what float32 rounds, all there is where the rank is exhausted
+                new = torch.linalg.qr(new - basis @ (basis.mT @ new))[0]
+            last = new
             basis = torch.cat([basis, last], 1)
         found = _best_within(basis, weight, rank)
         if subspace_residual(weight, *found) <= tolerance:
@@ -97,12 +97,13 @@ def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERAN
 
 def _best_within(basis: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular vectors of W restricted to a subspace [m, k] (Rayleigh-Ritz)."""
-    small = basis.mT @ weight
-    energy, vectors = torch.linalg.eigh((small @ small.mT).double())
-    left = vectors[:, -rank:].flip(-1).to(small)
-    s = energy[-rank:].flip(-1).clamp_min(0).sqrt().to(small)
-    vh = (left.mT @ small) / s.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return basis @ left, s, vh
+    small = (basis.mT @ weight).double()
+    _, vectors = torch.linalg.eigh(small @ small.mT)
+    left = vectors[:, -rank:].flip(-1)
+    projected = left.mT @ small
+    s = projected.norm(dim=1)
+    vh = projected / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    return basis @ left.float(), s.float(), vh.float()
 
 
 def subspace_residual(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:

@@ -12,7 +12,7 @@ from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.init_plan import RESIDUAL, InitPlan, adapter_keys
+from basiscli.engine.init_plan import RESIDUAL, InitPlan
 from basiscli.engine.init_run import InitRun
 from basiscli.names import natural_key
 from basiscli.reports.facts import license_of, peak_memory_bytes, versions
@@ -32,7 +32,7 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
     plan, journal = run.plan, run.output.finished
     specs = plan.layout.tensors
     written = {key: sha for entry in journal.values() for key, sha in entry["digests"].items()}
-    factors = {key for name in plan.targets for key in adapter_keys(name)}
+    factors = {key for name in plan.targets for key in plan.keys(name)}
     changed = set(plan.targets) if plan.base is None else set()
     entries = [journal[name] for name in plan.targets]
     total = math.fsum(entry["norm"] ** 2 for entry in entries)
@@ -65,10 +65,10 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
             rslora=plan.rslora,
             exact=plan.exact,
             modules={
-                name.removesuffix(".weight"): ModuleRecord(
+                module: ModuleRecord(
                     rank=plan.rank, norm=entry["norm"], energy=entry["energy"], error=entry.get("error")
                 )
-                for name, entry in zip(plan.targets, entries, strict=True)
+                for module, entry in zip(plan.targets.values(), entries, strict=True)
             },
         ),
         kinds_found_by="names",
@@ -87,7 +87,7 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
         cost=Cost(
             seconds=round(seconds, 3),
             peak_memory_bytes=peak_memory_bytes(),
-            read_bytes=sum(t.nbytes for t in plan.model.tensors.values()),
+            read_bytes=sum(t.nbytes for c in (plan.model, plan.base) if c for t in c.tensors.values()),
             written_bytes=plan.layout.nbytes,
             workers=plan.settings.workers,
             device=str(run.device),
@@ -122,7 +122,7 @@ def lora_config(plan: InitPlan) -> bytes:
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": base,
         # Full names: a suffix could match a module that has no factors.
-        "target_modules": [name.removesuffix(".weight") for name in plan.targets],
+        "target_modules": list(plan.targets.values()),
         "r": plan.rank,
         "lora_alpha": plan.alpha,
         "use_rslora": plan.rslora,

@@ -95,7 +95,7 @@ def build_kv_report(run: KVRun, found: KVBases, *, seconds: float) -> Report:
         ],
         cost=Cost(
             seconds=round(seconds, 3),
-            seconds_of={name: round(value, 3) for name, value in run.seconds.items()},
+            seconds_of={name: round(value, 4) for name, value in run.seconds.items()},
             peak_memory_bytes=peak_memory_bytes(),
             read_bytes=sum(t.nbytes for t in plan.model.tensors.values()),
             written_bytes=plan.layout.nbytes,

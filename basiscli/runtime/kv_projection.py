@@ -221,6 +221,10 @@ class ProjectingCache:
         new = projection.encode(keys, values)
         layers = self._cache.layers
         layer = layers[layer_idx] if layer_idx < len(layers) else None
+        if self._cache.layer_class_to_replicate is DynamicLayer:
+            self._cache.layer_class_to_replicate = GrowingLayer
+        if layer is not None and type(layer) is DynamicLayer and not layer.is_initialized:
+            layers[layer_idx] = layer = GrowingLayer()
         if layer is not None and _allocated(layer) not in (None, (1, new[0].shape[-1], new[1].shape[-1])):
             # Reading the length would break a compiled graph.
             if not torch.compiler.is_compiling() and int(self._cache.get_seq_length(layer_idx)):

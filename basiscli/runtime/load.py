@@ -100,6 +100,7 @@ def load_weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -
     Raises:
         InputError: transformers does not know it, or weights are missing.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -108,14 +109,26 @@ def load_weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -
                 with device:
                     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
             )
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"transformers does not load it: {str(error).splitlines()[0]}",
             file=folder,
             remedy="give a causal language model that AutoModelForCausalLM loads",
         ) from error
+    for name, stored, expected in sorted(info["mismatched_keys"], key=str):
+        raise InputError(
+            f"the checkpoint has {list(stored)}, and its config makes {list(expected)} of it",
+            file=folder,
+            tensor=name,
+            remedy="restore the config.json that belongs to these weights",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(

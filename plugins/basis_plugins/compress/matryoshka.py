@@ -22,7 +22,7 @@ class MatryoshkaParameters(Parameters):
         "change the scores q·k and the layer's output least (attention)",
     )
     kl_weight: float = Field(0.25, ge=0, le=1, description="share of the KL divergence in the loss")
-    learning_rate: float = Field(2e-3, gt=0, description="of AdamW, reached after warm-up, then falling to 0")
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, reached after warm-up, then falling to 0")
     warmup: int = Field(100, ge=0, description="steps of warm-up, at most a tenth of all")
 
 
