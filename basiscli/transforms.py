@@ -203,8 +203,7 @@ class KVCompression(ABC):
 
     Bases are float32 [layers, 2, KV heads, d, d] (keys first, then values), columns in falling importance. The core
     runs the model; while it trains, `turned(start, free)` are the bases, `free` is what is learned (zeros at first),
-    and every step keeps the numbers of columns that `draw` returns. A parameter `kl_weight` is also the share of the KL
-    divergence in what the search of ranks minimises for trained bases; the rest is the cross-entropy.
+    and every step keeps the numbers of columns that `draw` returns.
     """
 
     Parameters: ClassVar[type[BaseModel]] = Parameters

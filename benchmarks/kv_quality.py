@@ -75,8 +75,7 @@ def main() -> None:
         shape, levels = tuple(bases.shape[:3]), config.levels
         count = math.prod(shape) * levels
         budgets = [math.floor((1 - ratio) * count + 1e-9) for ratio in RATIOS]
-        weight = float(config.parameters["kl_weight"]) if config.trained_steps else 1.0
-        search = GreedySearch(model, projectors, bases, trial, levels, kl_weight=weight)
+        search = GreedySearch(model, projectors, bases, trial, levels)
         started = time.monotonic()
         greedy = [entry.levels for entry in search.run(budgets, Silent())]
         seconds = time.monotonic() - started

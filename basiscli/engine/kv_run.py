@@ -184,7 +184,7 @@ class KVRun:
             projectors = [Projector() for _ in modules]
             attach(model, projectors)
             batch = _TRIALS_ON_GPU if self.device.type == "cuda" else 1
-            search = GreedySearch(model, projectors, bases, windows, levels, batch, self._kl_weight)
+            search = GreedySearch(model, projectors, bases, windows, levels, batch)
             if plan.earlier and plan.earlier.values_folded:
                 search.bases = _values_as_they_come(bases)
             (found,) = search.run([budget], self.progress)
@@ -202,14 +202,6 @@ class KVRun:
             "search_kl": done["divergence"],
         }
         return torch.tensor(done["levels"])
-
-    @property
-    def _kl_weight(self) -> float:
-        """The share of the KL divergence in what the bases were trained for; 1 if they were not."""
-        earlier = self.plan.earlier
-        parameters = earlier.parameters if earlier else self.plan.values.model_dump()
-        trained = earlier.trained_steps if earlier else self.plan.train_steps
-        return float(parameters.get("kl_weight", 1.0)) if trained else 1.0
 
     # Weights ----------------------------------------------------------------------------------------------------------
 

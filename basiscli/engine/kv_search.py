@@ -64,11 +64,7 @@ class Found:
 
 @dataclass
 class GreedySearch:
-    """Lower, again and again, what costs least, measured on a few windows.
-
-    The cost is what the bases were trained for, KL divergence from the dense model and cross-entropy in the same
-    shares: trained bases have moved away from the dense model where that predicts better, and the divergence alone
-    would keep the columns that undo it. For bases without training it is the divergence.
+    """Lower, again and again, what costs least: KL divergence from the dense model, measured, on a few windows.
 
     The published search tries every entry in every round. Here an entry's cost is measured once, and again only after
     it was lowered (the costs of the others are those of an earlier round); a round lowers one entry in twenty; and a
@@ -82,17 +78,13 @@ class GreedySearch:
     levels: int
     batch: int = 1
     """Trials of one layer that run in one forward."""
-    kl_weight: float = 1.0
-    """Share of the KL divergence in the cost; the rest is the cross-entropy of the next token."""
     trials: int = 0
     trial_seconds: float = 0.0
     """Of all trials together."""
     _teacher: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _labels: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _count: int = 0
+    _counted: Tensor = field(default_factory=lambda: torch.zeros(0))
     _negentropy: float = 0.0
     _divergence: float = 0.0
-    _present: float = 0.0
 
     def run(self, budgets: Sequence[int], progress: Progress) -> list[Found]:
         """Return what is found for each budget, the largest first: the way to a small one passes all larger ones.
@@ -115,8 +107,7 @@ class GreedySearch:
             changed = [tuple(index) for index in torch.ones(shape).nonzero().tolist()]
             while True:
                 set_bases(self.projectors, self.bases, levels * self._unit)
-                present = self._measure(replay.record(self._inputs()))
-                self._present, self._divergence = self._objective(present), present[0]
+                self._divergence = self._divergence_of(replay.record(self._inputs()))
                 total = int(levels.sum())
                 if total in budgets:
                     found.append(Found(levels.clone(), self._divergence))
@@ -158,7 +149,7 @@ class GreedySearch:
                 logits = replay.run(layer, len(group))
                 projector.key, projector.value = before
                 for entry, part in zip(group, logits.split(windows), strict=True):
-                    found[entry] = self._objective(self._measure(part)) - self._present
+                    found[entry] = self._divergence_of(part) - self._divergence
                     self.trials += 1
                     progress.note(f"KL {self._divergence:.4f}")
                     progress.advance(1)
@@ -179,36 +170,29 @@ class GreedySearch:
 
     def _learn_from(self, logits: Tensor) -> None:
         """Keep the dense model's probabilities, and what of the divergence does not depend on the student."""
-        self._labels = self.windows.labels[:, -self._scored :].to(logits.device)
-        counted = self._labels != -100
-        self._count = int(counted.sum())
+        counted = self.windows.labels[:, -self._scored :].to(logits.device) != -100
         log = logits.float().log_softmax(-1)
         self._teacher = log.exp() * counted[..., None]
-        if not self._count:
+        if not bool(counted.any()):
             raise InputError(
                 "no token in the second halves of the search's windows counts",
                 file=self.windows.name,
                 remedy="give text with --calibration, or --search spectrum",
             )
+        self._counted = counted
         self._negentropy = float((self._teacher * log).sum(dtype=torch.float64))
 
-    def _measure(self, logits: Tensor) -> tuple[float, float]:
-        """Return the mean KL(dense ‖ student) and cross-entropy of logits [windows, tokens, vocabulary].
+    def _divergence_of(self, logits: Tensor) -> float:
+        """Return the mean KL(dense ‖ student) of logits [windows, tokens, vocabulary].
 
         Σ p log p − Σ p (z − log Σ eᶻ): one product and one sum over the vocabulary, and nothing of its size is kept.
         """
-        sums = torch.zeros(3, dtype=torch.float64)
-        for p, z, labels in zip(self._teacher, logits, self._labels, strict=True):
-            keep, z = labels != -100, z.float()
-            told = z.gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
-            parts = torch.where(keep, z.logsumexp(-1), 0), torch.einsum("tv,tv->t", p, z), torch.where(keep, told, 0)
-            sums += torch.stack([part.sum(dtype=torch.float64) for part in parts]).cpu()
-        normaliser, agreed, told_sum = (sums / self._count).tolist()
-        return self._negentropy / self._count + normaliser - agreed, normaliser - told_sum
-
-    def _objective(self, measured: tuple[float, float]) -> float:
-        divergence, entropy = measured
-        return self.kl_weight * divergence + (1 - self.kl_weight) * entropy
+        total = torch.tensor(self._negentropy, dtype=torch.float64)
+        for p, z, keep in zip(self._teacher, logits, self._counted, strict=True):
+            z = z.float()
+            total += torch.where(keep, z.logsumexp(-1), 0).sum(dtype=torch.float64).cpu()
+            total -= torch.einsum("tv,tv->t", p, z).sum(dtype=torch.float64).cpu()
+        return float(total) / int(self._counted.sum())
 
 
 class LayerReplay:

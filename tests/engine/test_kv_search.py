@@ -180,7 +180,7 @@ def test_an_entrys_cost_is_what_the_whole_model_loses() -> None:
         search._learn_from(search.model(**search._inputs(), use_cache=False).logits)
         set_bases(search.projectors, search.bases, levels * 2)
         replay = LayerReplay(search.model, search.projectors)
-        search._present = search._objective(search._measure(replay.record(search._inputs())))
+        search._divergence = search._divergence_of(replay.record(search._inputs()))
         entries = [tuple(index) for index in torch.ones(3, 2, 2).nonzero().tolist()]
         costs = search._costs(entries, levels, replay, Silent())
     present = divergence(search, levels)
@@ -295,25 +295,3 @@ def test_a_model_that_does_something_to_embeddings_runs_as_a_whole() -> None:
         assert replay._exact is False
         for layer in range(3):
             torch.testing.assert_close(replay.run(layer, 2), expected.repeat(2, 1, 1), rtol=1e-4, atol=1e-4)
-
-
-def test_what_the_bases_were_trained_for_is_what_the_search_minimises() -> None:
-    """With a share of cross-entropy the cost is the loss of the training, by its definition."""
-    search = search_of(make_model())
-    search.kl_weight = 0.25
-    replay = LayerReplay(search.model, search.projectors)
-    search.bases = search.bases.to(next(search.model.parameters()).device)
-    with torch.no_grad():
-        search._learn_from(search.model(**search._inputs(), use_cache=False).logits)
-        set_bases(search.projectors, search.bases, torch.full(search.bases.shape[:3], 4))
-        logits = replay.record(search._inputs())
-        kl, entropy = search._measure(logits)
-        set_bases(search.projectors, None)
-    labels = search.windows.labels[:, -search._scored :]
-    kept = labels != -100
-    log = logits.double().log_softmax(-1)[kept]
-    expected = -log.gather(-1, labels[kept][:, None]).mean()
-    assert entropy == pytest.approx(float(expected), rel=1e-5)
-    assert search._objective((kl, entropy)) == pytest.approx(0.25 * kl + 0.75 * entropy)
-    (found,) = search.run([50], Silent())
-    assert int(found.levels.sum()) == 50
