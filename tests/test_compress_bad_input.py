@@ -404,10 +404,8 @@ def test_tokens_need_no_tokenizer(m: Path, basis: Basis, tmp_path: Path) -> None
     assert basiscli.load(tmp_path / "m-kv0.5")[1] is None
 
 
-def test_a_training_that_goes_astray(m: Path, refuse: Refuse) -> None:
-    refuse(
-        words(m, "-p", "learning_rate=1e30"), INPUT, "the loss of training step 1 is nan", "a lower -p learning_rate"
-    )
+def test_a_learning_rate_that_leads_astray(m: Path, refuse: Refuse) -> None:
+    refuse(words(m, "-p", "learning_rate=1e30"), USAGE, "parameter learning_rate=1e+30", "basis methods show")
 
 
 # Outputs --------------------------------------------------------------------------------------------------------------

@@ -107,8 +107,9 @@ class KVProjection(nn.Module):
     def _pack(self, coefficients: Tensor, columns: Tensor) -> Tensor:
         batch, heads, tokens, rank = coefficients.shape
         flat = coefficients.transpose(1, 2).reshape(batch, 1, tokens, heads * rank)
-        # All heads alike: everything is kept, in its order.
-        return flat if columns.numel() == heads * rank else flat.index_select(-1, columns)
+        # One bucket: everything is kept, in the order of the heads. With more, heads whose keys are alike may still
+        # change places, since a bucket is of keys and values together.
+        return flat if len(self.buckets) == 1 else flat.index_select(-1, columns)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0

@@ -448,3 +448,19 @@ def test_a_cache_that_would_stay_large_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kv_projection, "_CACHES", ("past_key_values",))  # so that the hook does not see its cache
     with pytest.raises(InputError, match="does not take coefficients"):
         check_attention(dense, _shape(dense), Path("config.json"))
+
+
+def test_heads_with_equal_keys_and_different_values_keep_their_places() -> None:
+    """Buckets are of keys and values together: the values' ranks alone may put the second head first."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.linalg.qr(torch.randn(2, 3, 8, 8, generator=generator))[0]
+    query, key, value = torch.randn(3, 2, 3, 5, 8, generator=generator)
+    for key_ranks, value_ranks in (([4, 4, 4], [4, 6, 4]), ([4, 6, 4], [4, 4, 4]), ([8, 8, 8], [2, 8, 4])):
+        projection = KVProjection(keys, values, key_ranks, value_ranks)
+        got = projection.attend(query, *projection.encode(key, value), None, 8**-0.5)
+        for head, (k, v) in enumerate(zip(key_ranks, value_ranks, strict=True)):
+            cut_k, cut_v = keys[head, :, :k] @ keys[head, :, :k].mT, values[head, :, :v] @ values[head, :, :v].mT
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                query[:, head], key[:, head] @ cut_k, value[:, head] @ cut_v, is_causal=True, scale=8**-0.5
+            )
+            torch.testing.assert_close(got[:, :, head], expected, rtol=1e-5, atol=1e-5)
