@@ -2,8 +2,8 @@
 
 MODEL is the dense model, TEXT a folder with `train.jsonl` and `held-out.jsonl` (kv_text.py makes it), each FOLDER an
 output of `basis compress MODEL …` whose bases are measured under NAME. For every set of bases, ranks are found at all
-ratios by `uniform` and by `greedy` (one search serves all ratios), and the model is scored on held-out text. Writes
-results/kv_quality.json and draws docs/images/kv_quality.svg.
+ratios by `uniform` and by `greedy`, and the model is scored on held-out text. Writes results/kv_quality.json and draws
+docs/images/kv_quality.svg.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from kv_picture import draw
 from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.engine.kv_attention import Projector, set_bases
-from basiscli.engine.kv_search import GreedySearch, uniform
+from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
 from basiscli.engine.local import Silent
+from basiscli.registry import Registry
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_tokenizer, load_weights
 
@@ -61,7 +61,8 @@ def main() -> None:
         found = read_windows(text / f"{name}.jsonl", lambda: load_tokenizer(place), length, model.config.vocab_size)
         return found.select(torch.arange(count) * len(found) // count)
 
-    held, trial = windows("held-out", WINDOWS, LENGTH), windows("train", 4, 128)
+    held, train = windows("held-out", WINDOWS, LENGTH), windows("train", 408, 256)
+    decides = torch.arange(len(train)) % 51 == 0  # windows that choose between the search's rounds
     projectors = [Projector() for _ in attention_modules(model)]
     attach(model, projectors)
     dense: list[torch.Tensor] = []
@@ -75,10 +76,16 @@ def main() -> None:
         shape, levels = tuple(bases.shape[:3]), config.levels
         count = math.prod(shape) * levels
         budgets = [math.floor((1 - ratio) * count + 1e-9) for ratio in RATIOS]
-        search = GreedySearch(model, projectors, bases, trial, levels)
-        started = time.monotonic()
-        greedy = [entry.levels for entry in search.run(budgets, Silent())]
-        seconds = time.monotonic() - started
+        method = Registry().find("compress", config.method)
+        transform = method.implementation(method.validate(config.parameters))
+        seconds, rounds, greedy = 0.0, 0, []
+        for budget in budgets:
+            search = GreedySearch(
+                model, projectors, transform, bases, train.select(~decides), train.select(decides), levels
+            )
+            starts = [uniform(shape, levels, budget), spectrum(found.energy, levels, budget)]
+            greedy.append(search.run(starts, Silent()).levels)
+            seconds, rounds = seconds + search.round_seconds, rounds + search.rounds
         for ratio, budget, searched in zip(RATIOS, budgets, greedy, strict=True):
             for how, ranks in (("uniform", uniform(shape, levels, budget)), ("greedy", searched)):
                 set_bases(projectors, bases, ranks * (bases.shape[-1] // levels))
@@ -95,9 +102,9 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
         set_bases(projectors, None)
         table.setdefault("searches", {})[name] = {
-            "trials": search.trials,
+            "rounds": rounds,
             "seconds": seconds,
-            "seconds_a_trial": search.trial_seconds / search.trials,
+            "seconds_a_round": seconds / rounds,
             "trained_steps": config.trained_steps,
             "trained_tokens": config.trained_tokens,
         }

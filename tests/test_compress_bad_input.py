@@ -290,7 +290,7 @@ def test_an_adapter(m: Path, refuse: Refuse, tmp_path: Path) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
     save_file({"base_model.model.x.lora_A.weight": torch.ones(4, 8)}, adapter / "adapter_model.safetensors")
-    refuse(words(adapter), INPUT, "an adapter has no KV cache", "basis merge ADAPTER", file=adapter)
+    refuse(words(adapter), INPUT, "an adapter has no KV cache", "basis expand ADAPTER", file=adapter)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, refuse: Refuse, m: Path) -> None:

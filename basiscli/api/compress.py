@@ -132,6 +132,7 @@ def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -
 def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
+    from basiscli.checkpoints.kv_file import BASES_FILE
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT
     from basiscli.engine.devices import choose_device
@@ -144,11 +145,12 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     with partial_output(plan, progress, resume=plan.settings.resume) as output:
         run = KVRun(plan, output, progress, device)
         found = run.run()
-        report = build_kv_report(run, found, seconds=time.monotonic() - started)
-        files = sidecar_files(plan.model, plan.settings.dtype, code=False) | found.files()
+        bases = found.files()
+        report = build_kv_report(run, found.config, bases[BASES_FILE], seconds=time.monotonic() - started)
+        files = sidecar_files(plan.model, plan.settings.dtype, code=False) | bases
         files["config.json"] = without_export(files["config.json"])
         if plan.settings.export:
             files |= exported_files(files["config.json"])
-        files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": kv_card(plan, report)}
+        files |= {REPORT: report.as_file(), "README.md": kv_card(plan, report)}
         output.commit(files, overwrite=plan.settings.overwrite)
     return CompressResult(plan.out, report)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
 
-from basiscli.checkpoints.dtypes import parse_dtype
+from basiscli.api.settings import run_settings
 from basiscli.checkpoints.source import is_hub_id
-from basiscli.engine.local import Progress, Silent, default_workers
-from basiscli.engine.merge_plan import MergePlan, Settings
+from basiscli.engine.local import Progress, Silent
+from basiscli.engine.merge_plan import MergePlan
 from basiscli.engine.merge_plan import plan_merge as _plan
-from basiscli.errors import UsageError
-from basiscli.names import parse_size
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 
@@ -91,15 +89,6 @@ def merge(
 
 def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) -> MergePlan:
     """Return the plan of a merge without writing anything and without importing torch; arguments as for `merge`."""
-    workers, dtype = options.get("workers"), options.get("dtype")
-    if workers is not None and workers < 1:
-        raise UsageError(f"{workers} workers", remedy="at least one")
-    settings = Settings(
-        dtype=parse_dtype(dtype) if dtype else None,
-        shard_bytes=parse_size(options.get("shard_size", "5GB")),
-        workers=workers or default_workers(),
-        **{name: options[name] for name in _SETTINGS if name in options},  # type: ignore[literal-required]
-    )
     base, onto = options.get("base"), options.get("onto")
     return _plan(
         [str(model) for model in models],
@@ -110,7 +99,7 @@ def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) ->
         weights=options.get("weights"),
         out=options.get("output"),
         as_adapter=options.get("as_adapter", False),
-        settings=settings,
+        settings=run_settings(options, _SETTINGS),
     )
 
 
@@ -138,7 +127,7 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
             files = sidecar_files(plan.reference, plan.settings.dtype, code=plan.settings.trust_remote_code)
         else:
             files = {"adapter_config.json": _adapter_config(plan, plan.adapter_rank)}
-        files |= {REPORT: (report.model_dump_json(indent=1) + "\n").encode(), "README.md": card}
+        files |= {REPORT: report.as_file(), "README.md": card}
         output.commit(files, overwrite=plan.settings.overwrite)
     return MergeResult(plan.out, report)
 

@@ -190,3 +190,11 @@ def _check_layout(tensors: Iterable[StoredTensor], file: Path, data_start: int, 
             file=file,
             remedy=_REFETCH,
         )
+
+
+def commonest_dtype(tensors: Iterable[TensorSpec]) -> str:
+    """Return the dtype that most of the numbers are stored in."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.count
+    return max(sizes, key=lambda name: sizes[name])

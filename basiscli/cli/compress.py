@@ -144,11 +144,11 @@ def _summary(report: Report) -> str:
         f"average ({keys:.1f} of keys, {values:.1f} of values); {kv.bytes_per_token:,} bytes a token, "
         f"{kv.dense_bytes_per_token:,} before"
     ]
-    trial = (cost.seconds_of or {}).get("a trial of the search")
-    if trial is not None:
+    each = (cost.seconds_of or {}).get("a round of the search")
+    if each is not None:
         lines.append(
-            f"searched with {report.numbers['search_trials']:.0f} trials of "
-            f"{trial:.2f} s; KL to the dense model {report.numbers['search_kl']:.4f}"
+            f"searched in {report.numbers['search_rounds']:.0f} rounds of "
+            f"{each:.2f} s; KL to the dense model {report.numbers['search_kl']:.4f}"
         )
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in (cost.seconds_of or {}).items() if seconds >= 0.5)
     peak = format_size(cost.peak_memory_bytes)

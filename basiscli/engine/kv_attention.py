@@ -56,10 +56,15 @@ class Projector(nn.Module):
         return plain_attention(query, key, value, *rest)
 
 
-def projections(bases: Tensor, ranks: Tensor) -> Tensor:
-    """Return U_r U_rᵀ for bases [..., d, d] and numbers of columns [...], which broadcast."""
-    kept = torch.arange(bases.shape[-1], device=bases.device) < ranks.to(bases.device)[..., None]
-    return (bases * kept[..., None, :].to(bases.dtype)) @ bases.mT
+def cut_projections(bases: Tensor, strength: Tensor) -> Tensor:
+    """Return U diag(s) Uᵀ for bases [..., d, d] and the strengths of their columns [..., d]: 1 for one that is kept."""
+    return (bases * strength[..., None, :].to(bases.dtype)) @ bases.mT
+
+
+def set_projections(projectors: Sequence[Projector], projections: Tensor) -> None:
+    """Project in all layers by these matrices [layers, 2, KV heads, d, d]."""
+    for projector, (key, value) in zip(projectors, projections, strict=True):
+        projector.key, projector.value = key, value
 
 
 def set_bases(projectors: Sequence[Projector], bases: Tensor | None, ranks: Tensor | None = None) -> None:
@@ -68,5 +73,5 @@ def set_bases(projectors: Sequence[Projector], bases: Tensor | None, ranks: Tens
         for projector in projectors:
             projector.key = projector.value = None
         return
-    for projector, (key, value) in zip(projectors, projections(bases, ranks), strict=True):
-        projector.key, projector.value = key, value
+    kept = torch.arange(bases.shape[-1], device=bases.device) < ranks.to(bases.device)[..., None]
+    set_projections(projectors, cut_projections(bases, kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE, Checkpoint
 from basiscli.engine.local import default_workers
 from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.partial import fingerprint_of
 from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
 from basiscli.runtime.export import AUTO_MAP, exported_files
 from basiscli.transforms import Method
-from basiscli.version import __version__
 
 Search = Literal["greedy", "spectrum", "uniform"]
 Export = Literal["remote-code"]
@@ -66,8 +65,7 @@ class KVSettings:
     length: int = 256
     moment_windows: int = 64
     search: Search = "greedy"
-    search_windows: int = 4
-    search_length: int = 128
+    search_windows: int = 8
     calibration: str | None = None
     fold_values: bool = False
     export: Export | None = None
@@ -116,7 +114,6 @@ class KVPlan:
     @property
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
-        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.model.files]
         settings = {
             name: value
             for name, value in vars(self.settings).items()
@@ -125,12 +122,12 @@ class KVPlan:
         text = self.settings.calibration
         texts = [f for f in (Path(text), *Path(text).rglob("*")) if f.is_file()] if text else []
         facts = [
-            __version__, self.method.name, self.values.model_dump(mode="json"), self.ratio, stamps, settings,
+            self.method.name, self.values.model_dump(mode="json"), self.ratio, settings,
             text and sum(f.stat().st_mtime_ns for f in texts),
             None if self.earlier is None else self.earlier.model_dump(mode="json"),
             [shard.header[0].hex() for shard in self.layout.shards],
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return fingerprint_of(self.model.files, facts)
 
     def close(self) -> None:
         """Close the input."""
@@ -160,7 +157,7 @@ def plan_kv(
         raise InputError(
             "this is an adapter, and an adapter has no KV cache",
             file=source.path,
-            remedy="merge it into its base first: `basis merge ADAPTER --method linear --base BASE`",
+            remedy="merge it into its base first: `basis expand ADAPTER --base BASE`",
         )
     model = Checkpoint.open(source)
     shape = kv_shape(model.source)

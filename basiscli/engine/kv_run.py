@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.header import commonest_dtype
 from basiscli.checkpoints.kv_file import KVBases, KVConfig, read_kv_bases
+from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.copying import BLOCK_ELEMENTS, copy_tensor
 from basiscli.engine.kv_attention import Moments, Projector
@@ -32,8 +34,6 @@ from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_tokenizer, load_weights
 from basiscli.runtime.support import check_attention
 from basiscli.transforms import AttentionMoments, KVCompression
-
-_TRIALS_ON_GPU = 8
 
 
 @dataclass
@@ -176,29 +176,31 @@ class KVRun:
             return uniform(shape, levels, budget)
         if plan.settings.search == "spectrum":
             return spectrum(energy, levels, budget)
-        windows, _ = self._calibration(plan.settings.length)
         done = self.output.finished.get("search")
         if done is None:
+            held, windows = self._calibration(plan.settings.length)
             started = time.monotonic()
-            windows = windows.shortened(plan.settings.search_length)
             projectors = [Projector() for _ in modules]
             attach(model, projectors)
-            batch = _TRIALS_ON_GPU if self.device.type == "cuda" else 1
-            search = GreedySearch(model, projectors, bases, windows, levels, batch)
+            method: KVCompression = plan.method.implementation(plan.values)
             if plan.earlier and plan.earlier.values_folded:
-                search.bases = _values_as_they_come(bases)
-            (found,) = search.run([budget], self.progress)
+                bases = _values_as_they_come(bases)
+            search = GreedySearch(model, projectors, method, bases, windows, held, levels)
+            starts = [uniform(shape, levels, budget), spectrum(energy, levels, budget)]
+            found = search.run(starts, self.progress)
             done = {
                 "levels": found.levels.tolist(),
-                "trials": search.trials,
-                "trial_seconds": search.trial_seconds / max(1, search.trials),
+                "rounds": search.rounds,
+                "round_seconds": search.round_seconds / max(1, search.rounds),
+                "loss": found.loss,
                 "divergence": found.divergence,
             }
             self.seconds["searching"] = time.monotonic() - started
             self.output.record("search", done)
-        self.seconds["a trial of the search"] = done["trial_seconds"]
+        self.seconds["a round of the search"] = done["round_seconds"]
         self.numbers |= {
-            "search_trials": done["trials"],
+            "search_rounds": done["rounds"],
+            "search_loss": done["loss"],
             "search_kl": done["divergence"],
         }
         return torch.tensor(done["levels"])
@@ -245,12 +247,9 @@ def _values_as_they_come(bases: Tensor) -> Tensor:
     return torch.stack([bases[:, 0], identity], 1)
 
 
-def _working_dtype(device: torch.device, model: Any) -> torch.dtype:
+def _working_dtype(device: torch.device, model: Checkpoint) -> torch.dtype:
     """Return what the model computes in: float32 on a CPU (faster there than bfloat16), else as it is stored."""
     if device.type == "cpu":
         return torch.float32
-    sizes: dict[str, int] = {}
-    for tensor in model.tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.count
-    stored = torch_dtype(max(sizes, key=lambda name: sizes[name]))
+    stored = torch_dtype(commonest_dtype(model.tensors.values()))
     return stored if stored.is_floating_point else torch.float32

@@ -8,20 +8,25 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
-from basiscli.engine.kv_attention import Projector, projections, set_bases
+from basiscli.engine.kv_attention import Projector, cut_projections, set_bases, set_projections
+from basiscli.engine.kv_loss import divergence, loss_and_gradient
 from basiscli.engine.local import Progress
 from basiscli.errors import InputError
+from basiscli.transforms import KVCompression
 
 Shape = tuple[int, ...]
+_MOST_ROUNDS = 24
+_PATIENCE = 3  # rounds without a better result, after which the search ends
+_TEACHER_BYTES = 1 << 29
+_KEPT = 0.5  # of an earlier round's estimate
 
 
 def uniform(shape: Shape, levels: int, budget: int) -> Tensor:
@@ -58,225 +63,176 @@ class Found:
 
     levels: Tensor
     """[layers, 2, KV heads]."""
+    loss: float
+    """The method's loss with these ranks on the held-out windows."""
     divergence: float
-    """KL divergence from the dense model with these ranks, in nats a token, on the search's windows."""
+    """KL divergence from the dense model on the same, in nats a token."""
 
 
 @dataclass
 class GreedySearch:
-    """Lower, again and again, what costs least: KL divergence from the dense model, measured, on a few windows.
+    """Exchange, again and again, the steps that cost least for those that gain most; keep what serves held-out text.
 
-    The published search tries every entry in every round. Here an entry's cost is measured once, and again only after
-    it was lowered (the costs of the others are those of an earlier round); a round lowers one entry in twenty; and a
-    trial starts at the layer that it changes, from hidden states kept of the present ranks.
+    The published search lowers one entry at a time from full ranks on and tries every entry with forwards of its own.
+    Here two forwards and backwards tell the cost of lowering and the gain of raising every entry by one step at once:
+    with the step's columns at half strength, the derivative of the loss by that strength is the difference that the
+    whole step makes, exactly where the loss is quadratic in it. So each round can afford text of its own, and the
+    search does not fit a few windows; and what no round's text can deceive it about, held-out windows decide.
     """
 
     model: Any
     projectors: Sequence[Projector]
+    method: KVCompression
     bases: Tensor
     windows: Windows
+    """What rounds take their text from, in turn."""
+    held: Windows
     levels: int
-    batch: int = 1
-    """Trials of one layer that run in one forward."""
-    trials: int = 0
-    trial_seconds: float = 0.0
-    """Of all trials together."""
-    _teacher: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _counted: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _negentropy: float = 0.0
-    _divergence: float = 0.0
+    batch: int = 4
+    """Windows a round."""
+    rounds: int = 0
+    round_seconds: float = 0.0
+    """Of all rounds together."""
+    _teachers: dict[int, Tensor] = field(default_factory=dict)
 
-    def run(self, budgets: Sequence[int], progress: Progress) -> list[Found]:
-        """Return what is found for each budget, the largest first: the way to a small one passes all larger ones.
+    def run(self, starts: Sequence[Tensor], progress: Progress) -> Found:
+        """Return the best ranks found; all starts have the same budget, and the best of them is where it begins.
 
-        A budget is at least one level for every entry.
+        Raises:
+            InputError: no token of the windows counts.
         """
-        shape = self.bases.shape[:3]
-        levels = torch.full(shape, self.levels)
-        budgets = sorted(budgets, reverse=True)
-        step = max(1, math.prod(shape) // 20)
-        replay = LayerReplay(self.model, self.projectors)
+        for windows in (self.windows, self.held):
+            if bool((windows.labels == -100).all()):
+                raise InputError(
+                    "no token of the search's windows counts",
+                    file=windows.name,
+                    remedy="give text with --calibration, or --search spectrum",
+                )
         self.bases = self.bases.to(next(self.model.parameters()).device)
-        found = []
-        most = math.prod(shape) * (self.levels + 1) - budgets[-1]
-        progress.start("searching", most, most, "trials")
-        with torch.no_grad():
-            set_bases(self.projectors, None)
-            self._learn_from(self.model(**self._inputs(), use_cache=False).logits)
-            costs: dict[tuple[int, ...], float] = {}
-            changed = [tuple(index) for index in torch.ones(shape).nonzero().tolist()]
-            while True:
-                set_bases(self.projectors, self.bases, levels * self._unit)
-                self._divergence = self._divergence_of(replay.record(self._inputs()))
-                total = int(levels.sum())
-                if total in budgets:
-                    found.append(Found(levels.clone(), self._divergence))
-                left = next((total - budget for budget in budgets if budget < total), 0)
-                if not left:
-                    break
-                costs |= self._costs([e for e in changed if levels[e] > 1], levels, replay, progress)
-                lowest = sorted((e for e in costs if levels[e] > 1), key=lambda e: (costs[e], e))
-                changed = lowest[: min(step, left)]  # near the least budget, fewer may be left to lower
-                for entry in changed:
-                    levels[entry] -= 1
-            set_bases(self.projectors, None)
-        return found
-
-    @property
-    def _unit(self) -> int:
-        return self.bases.shape[-1] // self.levels
-
-    def _costs(
-        self, entries: Sequence[tuple[int, ...]], levels: Tensor, replay: LayerReplay, progress: Progress
-    ) -> dict[tuple[int, ...], float]:
-        """Return how much the divergence grows when each entry alone is lowered by one level."""
-        found = {}
-        by_layer: dict[int, list[tuple[int, ...]]] = {}
-        for entry in entries:
-            by_layer.setdefault(entry[0], []).append(entry)
-        windows = len(self.windows)
-        for layer, inside in by_layer.items():
-            for first in range(0, len(inside), self.batch):
-                group = inside[first : first + self.batch]
-                trial = levels[layer].repeat(len(group), 1, 1)
-                for place, (_, kind, head) in enumerate(group):
-                    trial[place, kind, head] -= 1
-                projector = self.projectors[layer]
-                before = projector.key, projector.value
-                both = projections(self.bases[layer], trial * self._unit).repeat_interleave(windows, 0)
-                projector.key, projector.value = both[:, 0], both[:, 1]
-                started = time.perf_counter()
-                logits = replay.run(layer, len(group))
-                projector.key, projector.value = before
-                for entry, part in zip(group, logits.split(windows), strict=True):
-                    found[entry] = self._divergence_of(part) - self._divergence
-                    self.trials += 1
-                    progress.note(f"KL {self._divergence:.4f}")
-                    progress.advance(1)
-                self.trial_seconds += time.perf_counter() - started
-        return found
-
-    def _inputs(self) -> dict[str, Any]:
-        """Return what the model's forward takes; logits are wanted of the second half of each window only.
-
-        Tokens there have seen some text, and the output layer of a small model costs as much as a third of the rest.
-        """
-        inputs = {name: x.to(self.bases.device) for name, x in self.windows.inputs.items()}
-        return {**inputs, "logits_to_keep": self._scored}
-
-    @property
-    def _scored(self) -> int:
-        return -(-self.windows.ids.shape[1] // 2)
-
-    def _learn_from(self, logits: Tensor) -> None:
-        """Keep the dense model's probabilities, and what of the divergence does not depend on the student."""
-        counted = self.windows.labels[:, -self._scored :].to(logits.device) != -100
-        log = logits.float().log_softmax(-1)
-        self._teacher = log.exp() * counted[..., None]
-        if not bool(counted.any()):
-            raise InputError(
-                "no token in the second halves of the search's windows counts",
-                file=self.windows.name,
-                remedy="give text with --calibration, or --search spectrum",
-            )
-        self._counted = counted
-        self._negentropy = float((self._teacher * log).sum(dtype=torch.float64))
-
-    def _divergence_of(self, logits: Tensor) -> float:
-        """Return the mean KL(dense ‖ student) of logits [windows, tokens, vocabulary].
-
-        Σ p log p − Σ p (z − log Σ eᶻ): one product and one sum over the vocabulary, and nothing of its size is kept.
-        """
-        total = torch.tensor(self._negentropy, dtype=torch.float64)
-        for p, z, keep in zip(self._teacher, logits, self._counted, strict=True):
-            z = z.float()
-            total += torch.where(keep, z.logsumexp(-1), 0).sum(dtype=torch.float64).cpu()
-            total -= torch.einsum("tv,tv->t", p, z).sum(dtype=torch.float64).cpu()
-        return float(total) / int(self._counted.sum())
-
-
-class LayerReplay:
-    """Runs a decoder from one of its layers on, from hidden states of an earlier forward.
-
-    The layers before it are replaced by ones that pass on what they get, and the hidden states go in as embeddings: so
-    no architecture's forward is written again here. Where that does not give the model's own logits (a model that does
-    something to its embeddings), every trial runs the whole model.
-    """
-
-    def __init__(self, model: Any, projectors: Sequence[nn.Module]) -> None:
-        self.model = model
-        self.layers = _decoder_layers(model, projectors[0])
-        self._inputs: list[Tensor] = []
-        self._kwargs: dict[str, Any] = {}
-        self._exact: bool | None = None
-
-    def record(self, inputs: dict[str, Any]) -> Tensor:
-        """Run the whole model, keep what goes into each layer, and return the logits."""
-        self._inputs, self._kwargs = [], inputs
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inputs.append(args[0] if args else kwargs["hidden_states"])
-
-        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
+        moves = max(2, starts[0].numel() // 15)
+        unknown = torch.full(starts[0].shape, math.nan)
+        cost, gain = unknown.clone(), unknown.clone()
+        progress.start("searching", _MOST_ROUNDS, _MOST_ROUNDS, "rounds")
+        started = time.perf_counter()
         try:
-            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            best_loss, levels = min(((self._held_loss(s), s) for s in starts), key=lambda pair: pair[0])
+            best, waited = levels, 0
+            while waited < _PATIENCE and self.rounds < _MOST_ROUNDS:
+                batch = self._next_batch()
+                teacher = self._logits(batch, None)
+                for estimate, step in ((cost, -1), (gain, 0)):
+                    fresh = self._differences(batch, teacher, levels + step)
+                    estimate.copy_(torch.where(estimate.isnan(), fresh, _KEPT * estimate + (1 - _KEPT) * fresh))
+                levels, moved = exchanged(levels, cost, gain, moves, self.levels)
+                self.rounds += 1
+                progress.advance(1)
+                if not moved:
+                    break
+                loss = self._held_loss(levels)
+                waited = 0 if loss < best_loss else waited + 1
+                if loss < best_loss:
+                    best_loss, best = loss, levels
+                progress.note(f"loss {best_loss:.4f}")
+            self.round_seconds = time.perf_counter() - started
+            return Found(best, best_loss, self._held_divergence(best))
         finally:
-            for hook in hooks:
-                hook.remove()
-        if self._exact is None:
-            last = len(self.layers) - 1
-            self._exact = True
-            self._exact = bool(torch.allclose(self.run(last, 1), logits, rtol=1e-3, atol=1e-3))
+            set_bases(self.projectors, None)
+
+    def _differences(self, batch: Windows, teacher: Tensor, steps: Tensor) -> Tensor:
+        """Return how much the loss falls, for every entry, when the step of this number (from 0) is kept.
+
+        All entries' steps stand at half strength; steps below are kept, those above are not. An entry without such a
+        step gets 0.
+        """
+        unit = self.bases.shape[-1] // self.levels
+        number = torch.arange(self.levels)
+        strength = (number < steps[..., None]).float() + 0.5 * (number == steps[..., None]).float()
+        strength.requires_grad_(True)
+        with torch.enable_grad():
+            columns = strength.repeat_interleave(unit, -1).to(self.bases.device)
+            set_projections(self.projectors, cut_projections(self.bases, columns))
+            student = self.model(**self._inputs(batch), use_cache=False).logits
+        _, gradient = loss_and_gradient(self.method, student.detach(), teacher, batch.labels.to(student.device))
+        student.backward(gradient)
+        assert strength.grad is not None
+        own = (number == steps[..., None]).float()
+        return -(strength.grad * own).sum(-1)
+
+    def _held_loss(self, levels: Tensor) -> float:
+        total, count = 0.0, 0
+        for place in range(len(self.held)):
+            one = self.held.select([place])
+            counted = int((one.labels != -100).sum())
+            if counted:
+                student, teacher = self._logits(one, levels), self._held_teacher(place)
+                loss, _ = loss_and_gradient(self.method, student, teacher, one.labels.to(student.device))
+                total, count = total + counted * loss, count + counted
+        return total / count
+
+    def _held_divergence(self, levels: Tensor) -> float:
+        total, count = 0.0, 0
+        for place in range(len(self.held)):
+            one = self.held.select([place])
+            total += divergence(self._logits(one, levels), self._held_teacher(place), one.labels)
+            count += int((one.labels != -100).sum())
+        return total / count
+
+    def _held_teacher(self, place: int) -> Tensor:
+        """Return the dense model's logits of one held-out window, computed once as long as they take little memory."""
+        if place in self._teachers:
+            return self._teachers[place]
+        logits = self._logits(self.held.select([place]), None)
+        if logits.nbytes * len(self.held) <= _TEACHER_BYTES:
+            self._teachers[place] = logits
         return logits
 
-    def run(self, layer: int, copies: int) -> Tensor:
-        """Return the logits of so many copies of the recorded batch, computed from `layer` on."""
-        rest = {
-            name: x.repeat(copies, 1) if isinstance(x, Tensor) else x
-            for name, x in self._kwargs.items()
-            if name != "input_ids"
-        }
-        if not self._exact:
-            ids = self._kwargs["input_ids"].repeat(copies, 1)
-            logits: Tensor = self.model(input_ids=ids, **rest, use_cache=False).logits
-            return logits
-        hidden = self._inputs[layer].repeat(copies, 1, 1)
-        with self._skipping(layer):
-            tail: Tensor = self.model(inputs_embeds=hidden, **rest, use_cache=False).logits
-            return tail
+    def _logits(self, batch: Windows, levels: Tensor | None) -> Tensor:
+        """Return the logits with projections cut at such levels, or of the dense model."""
+        set_bases(self.projectors, None)
+        if levels is not None:
+            set_bases(self.projectors, self.bases, levels * (self.bases.shape[-1] // self.levels))
+        with torch.no_grad():
+            logits: Tensor = self.model(**self._inputs(batch), use_cache=False).logits
+        return logits
 
-    @contextmanager
-    def _skipping(self, count: int) -> Iterator[None]:
-        whole = list(self.layers)
-        try:
-            for place in range(count):
-                self.layers[place] = _Skip(whole[place])
-            yield
-        finally:
-            for place in range(count):
-                self.layers[place] = whole[place]
+    def _inputs(self, batch: Windows) -> dict[str, Tensor]:
+        return {name: x.to(self.bases.device) for name, x in batch.inputs.items()}
+
+    def _next_batch(self) -> Windows:
+        """Return the next windows in turn, spread over the text; those without a token that counts are passed over."""
+        usable = (self.windows.labels != -100).any(1).nonzero().flatten()
+        stride = max(1, len(usable) // self.batch)
+        places = (self.rounds + torch.arange(self.batch) * stride) % len(usable)
+        return self.windows.select(usable[places.unique()])
 
 
-class _Skip(nn.Module):
-    """A decoder layer that returns what it gets, and answers for the layer that it stands for."""
+def exchanged(levels: Tensor, cost: Tensor, gain: Tensor, moves: int, most: int) -> tuple[Tensor, int]:
+    """Lower the entries where it costs least and raise as many where it gains most, while a pair is worth it.
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)
+    Args:
+        levels: of every entry.
+        cost: of lowering each by one; for those that were moved it is updated in place: what raising gained is what
+            lowering costs, and the other way round, and what comes after that is not known (NaN).
+        gain: of raising each by one, likewise.
+        moves: pairs at most.
+        most: the highest level; the lowest is 1.
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-
-def _decoder_layers(model: Any, projector: nn.Module) -> nn.ModuleList:
-    """Return the list of layers that holds the attention module with this projector."""
-    names = {module: name for name, module in model.named_modules()}
-    path = names[projector].split(".")
-    for end in range(len(path), 0, -1):
-        parent = model.get_submodule(".".join(path[:end]))
-        if isinstance(parent, nn.ModuleList):
-            return parent
-    raise RuntimeError("the model's layers are in no list")
+    Returns:
+        The new levels, with the same sum, and the number of pairs.
+    """
+    new, cost, gain = levels.flatten().clone(), cost.view(-1), gain.view(-1)
+    rising = torch.where(new < most, gain, -math.inf).argsort(descending=True, stable=True).tolist()
+    falling = torch.where(new > 1, cost, math.inf).argsort(stable=True).tolist()
+    used: set[int] = set()  # an entry may both gain by a step more and do without its last one: it moves once
+    for high in rising:
+        low = next((entry for entry in falling if entry not in used and entry != high), None)
+        if high in used or low is None:
+            continue
+        if len(used) >= 2 * moves or new[low] <= 1 or new[high] >= most or gain[high] <= cost[low]:
+            break
+        new[low] -= 1
+        new[high] += 1
+        gain[low], cost[low] = cost[low].clone(), math.nan
+        cost[high], gain[high] = gain[high].clone(), math.nan
+        used |= {low, high}
+    return new.view_as(levels), len(used) // 2

@@ -19,12 +19,12 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import write_file
 from basiscli.engine.kv_attention import Projector, set_bases
+from basiscli.engine.kv_loss import loss_and_gradient
 from basiscli.engine.local import Progress
 from basiscli.errors import BasisError, InputError
 from basiscli.linalg.orthogonal import nearest_orthogonal
 from basiscli.transforms import KVCompression
 
-_LOSS_TOKENS = 64
 _STATE = ("start", "free", "mean", "square")
 
 
@@ -89,7 +89,7 @@ class Training:
             teacher = self.model(**inputs, use_cache=False).logits
         set_bases(self.projectors, self.method.turned(self.start, free), ranks * (self.start.shape[-1] // self.levels))
         student = self.model(**inputs, use_cache=False).logits
-        loss, gradient = self._loss(student.detach(), teacher, batch.labels.to(device))
+        loss, gradient = loss_and_gradient(self.method, student.detach(), teacher, batch.labels.to(device))
         if not math.isfinite(loss):
             raise _lost(f"the loss of training step {step} is {loss}")
         optimiser.zero_grad()
@@ -99,24 +99,6 @@ class Training:
             group["lr"] = self.method.learning_rate(step, self.steps)
         optimiser.step()
         self.losses.append(loss)
-
-    def _loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-        """Return the loss and its gradient by the student's logits.
-
-        In blocks of tokens: with a vocabulary of 50,000 the intermediate results of a whole batch take more memory and
-        time than the model.
-        """
-        total, gradient = 0.0, torch.zeros_like(student)
-        rows = (labels.flatten() != -100).nonzero().squeeze(1)
-        for part in rows.split(_LOSS_TOKENS):
-            logits = student.flatten(0, 1)[part].float().requires_grad_(True)
-            loss = self.method.loss(logits, teacher.flatten(0, 1)[part].float(), labels.flatten()[part])
-            loss = loss * (len(part) / len(rows))
-            loss.backward()
-            assert logits.grad is not None
-            gradient.view(-1, gradient.shape[-1])[part] = logits.grad.to(gradient.dtype)
-            total += loss.item()
-        return total, gradient
 
     def _places(self, step: int) -> Tensor:
         """Return which windows a step takes: every epoch goes through all in an order of its own."""

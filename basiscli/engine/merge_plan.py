@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +20,10 @@ from basiscli.engine.compatibility import Model, check_architecture, common_dtyp
 from basiscli.engine.local import default_workers, peak_workspace
 from basiscli.engine.merge_inputs import find_base, merge_weights
 from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.partial import fingerprint_of
 from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
 from basiscli.transforms import History, Method
-from basiscli.version import __version__
 
 BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -120,15 +118,14 @@ class MergePlan:
         """Digest of everything that decides the bytes of the result."""
         inputs = [self.reference, *self.models]
         files = [file for model in inputs for file in model.files]
-        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         settings = self.settings
         facts = [
-            __version__, self.method.name, self.values.model_dump(mode="json"), self.weights, stamps,
+            self.method.name, self.values.model_dump(mode="json"), self.weights,
             self.adapter_rank, settings.device, settings.dtype, settings.seed, settings.allow_nonfinite,
             settings.allow_missing, [shard.header[0].hex() for shard in self.layout.shards],
             None if self.history is None else dict(self.history.numbers),
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return fingerprint_of(files, facts)
 
     def close(self) -> None:
         """Close the inputs."""

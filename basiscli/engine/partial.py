@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.local import Progress
 from basiscli.errors import InputError
+from basiscli.version import __version__
 
 
 class Plan(Protocol):
@@ -30,6 +33,12 @@ class Plan(Protocol):
 
     def close(self) -> None:
         """Close the inputs."""
+
+
+def fingerprint_of(files: Iterable[Path], facts: Sequence[Any]) -> str:
+    """Return a digest of inputs (by path, size and time of change) and of everything else that decides a result."""
+    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([__version__, stamps, *facts]).encode()).hexdigest()
 
 
 @contextmanager

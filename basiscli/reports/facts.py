@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
+from basiscli.checkpoints.digests import stored_digest, weights_digest
+from basiscli.checkpoints.header import StoredTensor, TensorSpec
 from basiscli.checkpoints.source import Source
+from basiscli.reports.schema import SourceRecord
 from basiscli.version import __version__
 
 
@@ -35,3 +40,25 @@ def license_of(source: Source) -> str | None:
     """Return the licence that a model's card names."""
     name = source.card.get("license")
     return name if isinstance(name, str) else None
+
+
+def checkpoint_record(
+    role: Literal["base", "model"], source: Source, tensors: Iterable[StoredTensor], known: Mapping[str, str]
+) -> SourceRecord:
+    """Return the record of an input checkpoint; only tensors whose digest is not known are read for it."""
+    stored = list(tensors)
+    digests = {tensor.name: known.get(tensor.name) or stored_digest(tensor) for tensor in stored}
+    return SourceRecord(
+        role=role,
+        spec=source.spec,
+        kind="checkpoint",
+        repo_id=source.repo_id,
+        revision=source.revision,
+        license=license_of(source),
+        digest=weights_digest(stored, digests),
+    )
+
+
+def unchanged(inputs: Mapping[str, StoredTensor], outputs: Mapping[str, TensorSpec]) -> set[str]:
+    """Return the names of the tensors that a copy leaves as they were, byte for byte."""
+    return {name for name, tensor in inputs.items() if name in outputs and outputs[name].dtype == tensor.dtype}

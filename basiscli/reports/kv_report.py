@@ -7,35 +7,36 @@ from importlib.resources import files
 from typing import Any
 
 from basiscli.checkpoints.architecture import Kind, kind_by_name
-from basiscli.checkpoints.digests import digest, stored_digest, weights_digest
+from basiscli.checkpoints.digests import digest, weights_digest
 from basiscli.checkpoints.dtypes import DTYPES
-from basiscli.checkpoints.kv_file import BASES_FILE, KVBases
+from basiscli.checkpoints.header import commonest_dtype
+from basiscli.checkpoints.kv_file import KVConfig
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_run import KVRun
 from basiscli.names import natural_key
-from basiscli.reports.facts import license_of, peak_memory_bytes, versions
+from basiscli.reports.facts import checkpoint_record, peak_memory_bytes, unchanged, versions
 from basiscli.reports.schema import (
     CalibrationRecord,
     Cost,
     KVRecord,
     MethodRecord,
     Report,
-    SourceRecord,
     TensorRecord,
 )
 
 _TEMPLATE = files("basiscli.reports") / "templates" / "kv_card.md.jinja"
 
 
-def build_kv_report(run: KVRun, found: KVBases, *, seconds: float) -> Report:
-    """Assemble the report of a KV compression."""
-    plan, config, source = run.plan, found.config, run.plan.model.source
+def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: float) -> Report:
+    """Assemble the report of a KV compression; `bases` is the content of their file."""
+    plan, source = run.plan, run.plan.model.source
     specs = plan.layout.tensors
     entries = {name: run.output.finished[name] for name in specs}
     written = {name: entry["digests"][name] for name, entry in entries.items()}
-    read = {t.name: stored_digest(t) for t in plan.model.tensors.values()}
-    element = DTYPES[_commonest(plan)].bits // 8
+    same = unchanged(plan.model.tensors, specs)
+    copied = {name: written[name] for name, entry in entries.items() if entry["action"] == "copied" and name in same}
+    element = DTYPES[commonest_dtype(specs.values())].bits // 8
     dense = plan.shape.cache_bytes(element)
     numbers = {
         "tensors": float(len(specs)),
@@ -48,17 +49,7 @@ def build_kv_report(run: KVRun, found: KVBases, *, seconds: float) -> Report:
         command="compress",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         method=MethodRecord(name=config.method, parameters=config.parameters, source=plan.method.source),
-        sources=[
-            SourceRecord(
-                role="model",
-                spec=source.spec,
-                kind="checkpoint",
-                repo_id=source.repo_id,
-                revision=source.revision,
-                license=license_of(source),
-                digest=weights_digest(plan.model.tensors.values(), read),
-            )
-        ],
+        sources=[checkpoint_record("model", source, plan.model.tensors.values(), copied)],
         seed=plan.settings.seed,
         notes=plan.notes,
         numbers=numbers,
@@ -77,7 +68,7 @@ def build_kv_report(run: KVRun, found: KVBases, *, seconds: float) -> Report:
             calibration=CalibrationRecord(name=run.windows.name, tokens=run.windows.tokens, sha256=run.windows.sha256)
             if run.windows
             else None,
-            bases_sha256=digest([found.files()[BASES_FILE]]),
+            bases_sha256=digest([bases]),
             engines=_engines(plan),
         ),
         kinds_found_by="names",
@@ -166,13 +157,6 @@ def _engines(plan: KVPlan) -> dict[str, str]:
         "transformers": remote,
         "vLLM, SGLang, llama.cpp": f"{dense}: their caches hold whole heads",
     }
-
-
-def _commonest(plan: KVPlan) -> str:
-    sizes: dict[str, int] = {}
-    for spec in plan.layout.tensors.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.count
-    return max(sizes, key=lambda name: sizes[name])
 
 
 def _curve(losses: list[float]) -> list[float]:

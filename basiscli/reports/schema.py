@@ -110,22 +110,33 @@ class ModuleRecord(_Record):
     """One weight that an adapter has factors of."""
 
     rank: int
-    norm: float
-    """Frobenius norm of what was decomposed: the weight, or the difference of two."""
+    norm: float | None = None
+    """Frobenius norm of what was decomposed: the weight, or the difference of two; None where the data was."""
     energy: float
-    """Share of its squared norm that the factors hold, as stored."""
+    """Share of its squared norm that the factors hold, as stored; of the inputs' variance where A is from data."""
     error: float | None = None
     """Of residual + s·B·A against the weight, relative."""
+    nf4_error: float | None = None
+    """With `--quantize`: Frobenius norm of nf4(residual) + s·B·A − W."""
+    nf4_error_qlora: float | None = None
+    """Of nf4(W) − W, what it is without factors."""
 
 
 class AdapterRecord(_Record):
-    """An adapter that was made from weights."""
+    """An adapter that was made from weights or from data."""
 
     rank: int
+    """Of every module; the mean where modules differ, the most where `--energy` decided."""
     alpha: float
     rslora: bool
     exact: bool
+    trains: Literal["factors", "values"] = "factors"
+    """values: B diag(σ) A with only σ trained, without scaling; PEFT's TinyLoRA."""
+    quantize: Literal["nf4"] | None = None
+    """The format to load the residual in."""
     modules: dict[str, ModuleRecord]
+    """By name; where values are trained, in the order of the model's modules, by which PEFT numbers them."""
+    calibration: CalibrationRecord | None = None
 
 
 class Continuation(_Record):
@@ -177,6 +188,10 @@ class Report(_Record):
     tensors: list[TensorRecord]
     cost: Cost
     versions: dict[str, str]
+
+    def as_file(self) -> bytes:
+        """Return the content of `basis_report.json`."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 def read_report(folder: Path) -> Report | None:

@@ -70,6 +70,7 @@ class KVProjection(nn.Module):
     value_basis: Tensor
     key_columns: Tensor
     value_columns: Tensor
+    head_places: Tensor
 
     def __init__(
         self, keys: Tensor, values: Tensor | None, key_ranks: Sequence[int], value_ranks: Sequence[int]
@@ -83,6 +84,9 @@ class KVProjection(nn.Module):
         top_k, top_v = max(self.key_ranks), max(self.value_ranks)
         values = torch.eye(self.dim, device=keys.device).expand_as(keys) if values is None else values
         order = [head for bucket in self.buckets for head in _heads(bucket, self.heads)]
+        # Where each head is among the buckets' heads: attention puts them back into their order.
+        places = torch.tensor(order).argsort()
+        self.register_buffer("head_places", places.to(keys.device), persistent=False)
         self.register_buffer("key_basis", keys[..., :top_k].contiguous(), persistent=False)
         self.register_buffer("value_basis", values[..., :top_v].contiguous(), persistent=False)
         # Which coordinates are kept, of all heads' side by side, in the order of the buckets.
@@ -131,11 +135,7 @@ class KVProjection(nn.Module):
             q = folded[:, bucket.heads, :, : bucket.key_rank]
             part = _attention(q.unflatten(2, (group, tokens)), k, v, mask, scale, dropout).flatten(2, 3)
             parts.append(pad(part, (0, top - bucket.value_rank)))
-        if len(parts) == 1:
-            (out,) = parts
-        else:
-            order = [head for bucket in self.buckets for head in _heads(bucket, self.heads)]
-            out = torch.cat(parts, 1)[:, [order.index(head) for head in range(self.heads)]]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1).index_select(1, self.head_places)
         out = pad(out, (0, self.dim - top)) if self.folded else out @ self.value_basis.to(out.dtype).mT
         return out.view(batch, heads, tokens, self.dim).transpose(1, 2)
 

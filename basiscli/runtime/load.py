@@ -146,12 +146,13 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: there is none, or it does not load.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"no tokenizer that loads: {str(error).splitlines()[0]}",
             file=folder,

@@ -1,10 +1,9 @@
-"""The search for ranks: budgets are met, importance is found, and a trial from a layer on is the whole model's."""
+"""The search for ranks: budgets are met, importance is found, and a step's worth is the loss's slope."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
-from basiscli.engine.kv_attention import Projector, set_bases
-from basiscli.engine.kv_search import GreedySearch, LayerReplay, spectrum, uniform
+from basiscli.engine.kv_attention import Projector, cut_projections, set_bases, set_projections
+from basiscli.engine.kv_search import GreedySearch, exchanged, spectrum, uniform
 from basiscli.engine.local import Silent
 from basiscli.errors import InputError
+from basiscli.registry import Registry
 from basiscli.runtime.kv_projection import attach
-from tests.kv_models import ARCHITECTURES, llama, make_model, random_bases, some_ids, text_windows
+from basiscli.transforms import KVCompression
+from tests.kv_models import make_model, random_bases, text_windows
 
 LEVELS = 8
 
@@ -29,24 +30,42 @@ def projected(model: Any) -> list[Projector]:
     return projectors
 
 
-def search_of(model: Any, windows: Windows | None = None, batch: int = 1, dim: int = 16) -> GreedySearch:
+def matryoshka(**parameters: Any) -> KVCompression:
+    method = Registry().find("compress", "matryoshka")
+    found: KVCompression = method.implementation(method.validate(parameters))
+    return found
+
+
+def search_of(model: Any, windows: Windows | None = None, dim: int = 16, **parameters: Any) -> GreedySearch:
     projectors = projected(model)
     bases = random_bases(len(projectors), model.config.num_key_value_heads, dim)
-    return GreedySearch(model, projectors, bases, windows or text_windows(count=3), LEVELS, batch)
+    windows = windows or text_windows(count=12)
+    held, others = windows.select(slice(0, 2)), windows.select(slice(2, None))
+    return GreedySearch(model, projectors, matryoshka(**parameters), bases, others, held, LEVELS)
 
 
-def divergence(search: GreedySearch, levels: Tensor) -> float:
-    """Return the mean KL divergence on the second half of every window, by its definition, in float64."""
-    ids, labels = search.windows.ids, search.windows.labels
-    half = -(-ids.shape[1] // 2)
+def even(budget: int) -> Tensor:
+    return uniform((3, 2, 2), LEVELS, budget)
+
+
+def loss_of(search: GreedySearch, windows: Windows, strength: Tensor) -> tuple[float, float]:
+    """Return the loss and the KL divergence a token by their definitions, steps of columns at these strengths."""
+    columns = strength.repeat_interleave(search.bases.shape[-1] // LEVELS, -1)
     with torch.no_grad():
         set_bases(search.projectors, None)
-        p = search.model(input_ids=ids).logits[:, -half:].double().log_softmax(-1)
-        set_bases(search.projectors, search.bases, levels * (search.bases.shape[-1] // LEVELS))
-        q = search.model(input_ids=ids).logits[:, -half:].double().log_softmax(-1)
+        p = search.model(input_ids=windows.ids).logits.double().log_softmax(-1)
+        set_projections(search.projectors, cut_projections(search.bases, columns))
+        q = search.model(input_ids=windows.ids).logits.double().log_softmax(-1)
         set_bases(search.projectors, None)
-    counted = labels[:, -half:] != -100
-    return float((p.exp() * (p - q)).sum(-1)[counted].mean())
+    counted = windows.labels != -100
+    kl = float((p.exp() * (p - q)).sum(-1)[counted].mean())
+    nll = -float(q.gather(-1, windows.labels.clamp_min(0)[..., None]).squeeze(-1)[counted].mean())
+    share = search.method.parameters.kl_weight
+    return share * kl + (1 - share) * nll, kl
+
+
+def kept(levels: Tensor) -> Tensor:
+    return (torch.arange(LEVELS) < levels[..., None]).float()
 
 
 def uneven_model() -> Any:
@@ -126,172 +145,132 @@ def test_dead_heads_get_the_least_rank() -> None:
 @pytest.mark.parametrize("budget", [12, 13, 50, 95, 96])
 def test_the_greedy_search_meets_the_budget(budget: int) -> None:
     search = search_of(make_model())
-    (found,) = search.run([budget], Silent())
+    found = search.run([even(budget)], Silent())
     assert int(found.levels.sum()) == budget
     assert 1 <= int(found.levels.min()) <= int(found.levels.max()) <= LEVELS
-    assert found.divergence == pytest.approx(divergence(search, found.levels), rel=1e-3, abs=1e-6)
+    loss, kl = loss_of(search, search.held, kept(found.levels))
+    assert found.loss == pytest.approx(loss, rel=1e-4)
+    assert found.divergence == pytest.approx(kl, rel=1e-3, abs=1e-6)
     assert all(projector.key is None for projector in search.projectors)
 
 
 @pytest.mark.parametrize("budget", [24, 37, 60, 70])
 def test_where_heads_differ_in_importance_the_greedy_search_beats_uniform_ranks(budget: int) -> None:
-    search = search_of(uneven_model())
-    (found,) = search.run([budget], Silent())
-    assert found.divergence < 0.7 * divergence(search, uniform((3, 2, 2), LEVELS, budget))
+    search = search_of(uneven_model(), kl_weight=1.0)
+    found = search.run([even(budget)], Silent())
+    assert found.divergence < 0.7 * loss_of(search, search.held, kept(even(budget)))[1]
 
 
-def test_the_greedy_search_takes_from_what_does_not_matter_first() -> None:
-    search = search_of(uneven_model())
+def test_it_takes_from_what_does_not_matter() -> None:
+    """Layer 1's ranks and those of head 0 in layer 0 change nothing; 46 steps are too few for the others."""
+    search = search_of(uneven_model(), kl_weight=1.0)
     idle = torch.zeros(3, 2, 2, dtype=torch.bool)
     idle[1] = True
     idle[0, :, 0] = True
-    (found,) = search.run([96 - 6 * 7], Silent())
+    found = search.run([even(46)], Silent())
     assert (found.levels[idle] == 1).all()
-    assert (found.levels[~idle] == LEVELS).all()
-    assert found.divergence == pytest.approx(0, abs=1e-5)
+    assert int(found.levels[~idle].sum()) == 40
 
 
-def test_several_budgets_in_one_search_are_found_as_each_alone() -> None:
-    """With fewer than 40 entries a round lowers one, so every budget is on the way to the next."""
-    model = make_model()
-    together = search_of(model).run([70, 20, 45, 96], Silent())
-    assert [int(found.levels.sum()) for found in together] == [96, 70, 45, 20]
-    assert torch.equal(together[0].levels, torch.full((3, 2, 2), LEVELS))
-    for found in together:
-        (alone,) = search_of(model).run([int(found.levels.sum())], Silent())
-        assert torch.equal(alone.levels, found.levels)
-        assert alone.divergence == found.divergence
+@pytest.mark.parametrize("budget", [24, 50, 80])
+def test_it_is_never_worse_than_where_it_starts(budget: int) -> None:
+    search = search_of(make_model())
+    other = even(budget).clone()
+    other[0, 0, 0] += 1
+    other[2, 1, 1] -= 1
+    found = search.run([even(budget), other], Silent())
+    assert found.loss <= min(loss_of(search, search.held, kept(start))[0] for start in (even(budget), other)) + 1e-6
 
 
-def test_trials_side_by_side_find_the_same() -> None:
-    one, four = search_of(make_model()), search_of(make_model(), batch=4)
-    (first,), (second,) = one.run([50], Silent()), four.run([50], Silent())
+def test_the_same_is_found_again() -> None:
+    first, second = (search_of(make_model()).run([even(50)], Silent()) for _ in range(2))
     assert torch.equal(first.levels, second.levels)
-    assert first.divergence == pytest.approx(second.divergence, rel=1e-4)
-    assert one.trials == four.trials
+    assert (first.loss, first.divergence) == (second.loss, second.divergence)
 
 
-def test_an_entrys_cost_is_what_the_whole_model_loses() -> None:
-    search = search_of(make_model(), batch=3)
-    levels = torch.full((3, 2, 2), 5)
-    search.bases = search.bases.clone()
-    with torch.no_grad():
-        set_bases(search.projectors, None)
-        search._learn_from(search.model(**search._inputs(), use_cache=False).logits)
-        set_bases(search.projectors, search.bases, levels * 2)
-        replay = LayerReplay(search.model, search.projectors)
-        search._divergence = search._divergence_of(replay.record(search._inputs()))
-        entries = [tuple(index) for index in torch.ones(3, 2, 2).nonzero().tolist()]
-        costs = search._costs(entries, levels, replay, Silent())
-    present = divergence(search, levels)
-    assert set(costs) == set(entries)
-    for entry in entries:
-        lower = levels.clone()
-        lower[entry] -= 1
-        assert costs[entry] == pytest.approx(divergence(search, lower) - present, abs=2e-5)
+@pytest.mark.parametrize("step", [-1, 0])
+def test_the_difference_of_a_step_is_the_losss_slope_at_half_its_strength(step: int) -> None:
+    search = search_of(make_model())
+    levels = torch.randint(2, LEVELS, (3, 2, 2), generator=torch.Generator().manual_seed(0))
+    batch = search.held
+    found = search._differences(batch, search._logits(batch, None), levels + step)
+    half = kept(levels + step) + 0.5 * (torch.arange(LEVELS) == (levels + step)[..., None])
+    for entry in torch.ones(3, 2, 2).nonzero().tolist():
+        slopes = []
+        for sign in (1, -1):
+            moved = half.clone()
+            moved[(*entry, int(levels[tuple(entry)]) + step)] += sign * 0.05
+            slopes.append(loss_of(search, batch, moved)[0])
+        assert float(found[tuple(entry)]) == pytest.approx((slopes[1] - slopes[0]) / 0.1, rel=0.05, abs=2e-5)
 
 
-class OneIsDear(GreedySearch):
-    """Lowers one entry only when all others are at their least."""
-
-    def _costs(self, entries: Sequence[tuple[int, ...]], levels: Tensor, *_: Any) -> dict[tuple[int, ...], float]:
-        return {entry: 1.0 if entry == (2, 1, 3) else -float(levels[entry]) for entry in entries}
-
-
-def test_the_least_budget_is_met_though_one_entry_alone_is_left_to_lower() -> None:
-    """With 40 entries a round lowers two, and in the end there is only one."""
-    model = llama(num_hidden_layers=5, num_key_value_heads=4).eval().requires_grad_(False)
-    projectors = projected(model)
-    search = OneIsDear(model, projectors, random_bases(5, 4, 8), text_windows(count=1), LEVELS)
-    found = search.run([40, 43], Silent())
-    assert [int(one.levels.sum()) for one in found] == [43, 40]
-    assert int(found[0].levels[2, 1, 3]) == 4
-    assert (found[1].levels == 1).all()
+def test_an_entry_without_such_a_step_has_no_difference() -> None:
+    search = search_of(make_model())
+    found = search._differences(search.held, search._logits(search.held, None), torch.full((3, 2, 2), LEVELS))
+    assert (found == 0).all()
 
 
 def test_padding_does_not_count() -> None:
-    """Two windows, one of them padded, find what the same tokens find without padding."""
-    whole = text_windows(count=2)
+    """What stands in the padding changes nothing."""
+    whole = text_windows(count=8)
     ids, mask = whole.ids.clone(), torch.ones_like(whole.ids)
-    mask[1, 24:] = 0
+    mask[1::2, 24:] = 0
     labels = torch.where((mask * mask.roll(-1, 1)) == 1, whole.labels, -100)
     found = []
     for rubbish in (0, 7):
         padded = torch.where(mask == 1, ids, rubbish)
-        (one,) = search_of(make_model(), Windows(padded, labels, mask, "words", "")).run([50], Silent())
-        found.append(one)
+        found.append(search_of(make_model(), Windows(padded, labels, mask, "words", "")).run([even(50)], Silent()))
     assert torch.equal(found[0].levels, found[1].levels)
-    assert found[0].divergence == pytest.approx(found[1].divergence, rel=1e-4)
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
 
 
-def test_windows_whose_second_halves_do_not_count() -> None:
-    windows = text_windows(count=2)
-    windows.labels[:, 10:] = -100
-    with pytest.raises(InputError, match="no token in the second halves") as caught:
-        search_of(make_model(), windows).run([50], Silent())
+@pytest.mark.parametrize("place", [slice(0, 2), slice(2, None)], ids=["held", "rounds"])
+def test_windows_that_do_not_count(place: slice) -> None:
+    windows = text_windows(count=6)
+    windows.labels[place] = -100
+    with pytest.raises(InputError, match="no token of the search's windows") as caught:
+        search_of(make_model(), windows).run([even(50)], Silent())
     assert "--search spectrum" in str(caught.value.remedy)
 
 
-# Trials from a layer on -----------------------------------------------------------------------------------------------
+def test_single_windows_that_do_not_count_are_passed_over() -> None:
+    windows = text_windows(count=8)
+    windows.labels[[0, 3, 5]] = -100
+    assert math.isfinite(search_of(make_model(), windows).run([even(50)], Silent()).loss)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("cut", [False, True])
-def test_from_every_layer_on_the_logits_are_the_models(name: str, cut: bool) -> None:
-    model = make_model(name)
-    projectors = projected(model)
-    config, ids = model.config, some_ids(count=2, length=30)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    replay = LayerReplay(model, projectors)
-    with torch.no_grad():
-        if cut:
-            bases = random_bases(len(projectors), config.num_key_value_heads, dim)
-            set_bases(projectors, bases, torch.full(bases.shape[:3], dim // 2))
-        expected = model(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(replay.record({"input_ids": ids}), expected)
-        assert replay._exact
-        assert len(replay.layers) == len(projectors)
-        for layer in range(len(projectors)):
-            for copies in (1, 3):
-                found = replay.run(layer, copies)
-                torch.testing.assert_close(found, expected.repeat(copies, 1, 1), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)  # its layers are back
+# Exchanges ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_change_in_a_layer_is_seen_from_that_layer_on(name: str) -> None:
-    model = make_model(name)
-    projectors = projected(model)
-    config, ids = model.config, some_ids(count=1, length=30)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bases = random_bases(len(projectors), config.num_key_value_heads, dim)
-    full = torch.full(bases.shape[:3], dim)
-    replay = LayerReplay(model, projectors)
-    with torch.no_grad():
-        set_bases(projectors, bases, full)
-        before = replay.record({"input_ids": ids})
-        last = len(projectors) - 1
-        cut = full.clone()
-        cut[last] = 1
-        set_bases(projectors, bases, cut)
-        expected = model(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(replay.run(last, 1), expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)
+def test_the_cheapest_steps_go_where_they_gain_most() -> None:
+    levels = torch.tensor([4, 4, 4, 4, 1, 8])
+    cost, gain = torch.tensor([0.1, 5, 0.3, 5, 0.0, 5]), torch.tensor([0.0, 0.9, 0, 0.2, 0, 7.0])
+    new, moved = exchanged(levels, cost, gain, 5, LEVELS)
+    assert new.tolist() == [3, 5, 4, 4, 1, 8]  # 0.3 is not less than 0.2; the last is full, the fifth at its least
+    assert moved == 1
+    assert cost[1] == pytest.approx(0.9)
+    assert gain[0] == pytest.approx(0.1)
+    assert torch.isnan(cost[0])
+    assert torch.isnan(gain[1])
+    assert levels.tolist() == [4, 4, 4, 4, 1, 8]
 
 
-def test_a_model_that_does_something_to_embeddings_runs_as_a_whole() -> None:
-    model = make_model()
-    projectors = projected(model)
+def test_an_entry_that_is_both_cheap_and_gains_is_raised() -> None:
+    levels = torch.tensor([4, 4, 4])
+    new, moved = exchanged(levels, torch.tensor([-1.0, 0.2, 0.5]), torch.tensor([2.0, 0.3, 0.1]), 1, LEVELS)
+    assert moved == 1
+    assert new.tolist() == [5, 3, 4]
 
-    def scale(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given = kwargs.get("inputs_embeds")
-        return args, kwargs if given is None else kwargs | {"inputs_embeds": 3 * given}
 
-    model.model.register_forward_pre_hook(scale, with_kwargs=True)
-    replay = LayerReplay(model, projectors)
-    ids = some_ids(count=2, length=12)
-    with torch.no_grad():
-        expected = replay.record({"input_ids": ids, "logits_to_keep": 5})
-        assert replay._exact is False
-        for layer in range(3):
-            torch.testing.assert_close(replay.run(layer, 2), expected.repeat(2, 1, 1), rtol=1e-4, atol=1e-4)
+def test_no_exchange_is_worth_it() -> None:
+    levels = torch.full((2, 2), 3)
+    new, moved = exchanged(levels, torch.full((2, 2), 0.5), torch.full((2, 2), 0.4), 4, LEVELS)
+    assert moved == 0
+    assert torch.equal(new, levels)
+
+
+def test_so_many_exchanges_at_most() -> None:
+    levels, rising = torch.full((20,), 4), torch.arange(20.0)
+    new, moved = exchanged(levels, rising.clone(), rising.clone(), 3, LEVELS)
+    assert moved == 3
+    assert new.tolist() == [3] * 3 + [4] * 14 + [5] * 3

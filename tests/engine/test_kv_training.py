@@ -12,6 +12,7 @@ from basis_plugins.compress.matryoshka import Matryoshka, MatryoshkaParameters
 from torch import Tensor
 
 from basiscli.engine.kv_attention import Projector, set_bases
+from basiscli.engine.kv_loss import loss_and_gradient
 from basiscli.engine.kv_training import Training
 from basiscli.engine.local import Silent
 from basiscli.errors import InputError
@@ -239,7 +240,7 @@ def logits_and_labels(tokens: int, vocabulary: int = 50) -> tuple[Tensor, Tensor
 def test_the_loss_in_blocks_is_that_of_all_tokens(training: Callable[..., Training], tokens: int) -> None:
     run = training(how=method(kl_weight=0.4))
     student, teacher, labels = logits_and_labels(tokens)
-    loss, gradient = run._loss(student, teacher, labels)
+    loss, gradient = loss_and_gradient(run.method, student, teacher, labels)
     whole = student.double().requires_grad_(True)
     counted = labels != -100
     expected = run.method.loss(whole[counted], teacher.double()[counted], labels[counted])

@@ -63,8 +63,8 @@ def test_a_few_steps_of_training_beat_none_and_another_ratio_keeps_the_bases(
     smollm2: Path, untrained: Path, text: Path, tmp_path: Path
 ) -> None:
     trained = basiscli.compress(
-        smollm2, kv_ratio=0.6, train_steps=6, batch=1, length=128, search="uniform", output=tmp_path / "trained",
-        parameters={"learning_rate": 0.01}, calibration=text,
+        smollm2, kv_ratio=0.6, train_steps=16, batch=1, length=128, search="uniform", output=tmp_path / "trained",
+        parameters={"learning_rate": 0.004}, calibration=text,
     )  # fmt: skip
     assert trained.report.numbers["orthogonality_error"] < 1e-5
     quick = basiscli.compress(untrained, kv_ratio=0.6, search="uniform", output=tmp_path / "quick")
@@ -72,7 +72,7 @@ def test_a_few_steps_of_training_beat_none_and_another_ratio_keeps_the_bases(
         name: basiscli.evaluate(folder, text=HELD_OUT / "python.txt", against=smollm2, length=128, windows=4)
         for name, folder in (("trained", trained.path), ("quick", quick.path))
     }
-    assert found["trained"].kl < 0.97 * found["quick"].kl
+    assert found["trained"].kl < 0.9 * found["quick"].kl
     assert found["trained"].numbers["cache_kept"] == pytest.approx(trained.report.numbers["cache_kept"])
     before, after = read_kv_bases(untrained), read_kv_bases(quick.path)
     assert torch.equal(before.bases, after.bases)

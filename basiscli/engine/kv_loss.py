@@ -1,0 +1,40 @@
+"""A compressed model's logits against the dense model's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from basiscli.transforms import KVCompression
+
+_LOSS_TOKENS = 64
+
+
+def loss_and_gradient(method: KVCompression, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Return a method's loss and its gradient by the student's logits [windows, tokens, vocabulary].
+
+    In blocks of tokens: with a vocabulary of 50,000 the intermediate results of a whole batch take more memory and
+    time than the model. Tokens whose label is −100 do not count.
+    """
+    total, gradient = 0.0, torch.zeros_like(student)
+    rows = (labels.flatten() != -100).nonzero().squeeze(1)
+    for part in rows.split(_LOSS_TOKENS):
+        logits = student.flatten(0, 1)[part].float().requires_grad_(True)
+        with torch.enable_grad():
+            loss = method.loss(logits, teacher.flatten(0, 1)[part].float(), labels.flatten()[part])
+            loss = loss * (len(part) / len(rows))
+        loss.backward()
+        assert logits.grad is not None
+        gradient.view(-1, gradient.shape[-1])[part] = logits.grad.to(gradient.dtype)
+        total += loss.item()
+    return total, gradient
+
+
+def divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> float:
+    """Return the sum over counted tokens of KL(dense ‖ compressed), in nats."""
+    total = 0.0
+    for q, p, label in zip(student, teacher, labels.to(student.device), strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
+        total += float(each[label != -100].sum(dtype=torch.float64))
+    return total
