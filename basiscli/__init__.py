@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from basiscli.runtime.load import load
     from basiscli.transforms import (
         AttentionMoments,
+        DataInit,
         History,
+        InputMoments,
         KVCompression,
         Norms,
         Parameters,
@@ -55,7 +57,9 @@ _HOMES = {
     "basiscli.runtime.load": ["load"],
     "basiscli.transforms": [
         "AttentionMoments",
+        "DataInit",
         "History",
+        "InputMoments",
         "KVCompression",
         "Norms",
         "Parameters",
@@ -70,6 +74,7 @@ __all__ = [
     "AttentionMoments",
     "BasisError",
     "CompressResult",
+    "DataInit",
     "Evaluation",
     "ExpandResult",
     "GateFailed",
@@ -77,6 +82,7 @@ __all__ = [
     "HubError",
     "InitResult",
     "InputError",
+    "InputMoments",
     "Inspection",
     "KVCompression",
     "Kind",

@@ -16,9 +16,12 @@ on the input elements at its place alone: the core may then pass blocks of rows 
 
 An init takes `weight` (float32 [out, in]), `rank`, and `svd` (how to decompose: `svd.top(weight, rank)`), and returns
 (B [out, rank], A [rank, in]): the part of the weight that moves into the adapter. Scaling and residual are the core's.
+With `trains="values"` it returns (B, σ [rank], A), of which only σ is trained. `principal=True` allows `--quantize`.
+One that also asks for `inputs` (`InputMoments` of what the weight is multiplied with) needs calibration text.
 
-A method that needs one number over the whole model is a class derived from `TaskVectorMerge`; one that finds bases
-for a KV cache is derived from `KVCompression`.
+A method that needs one number over the whole model is a class derived from `TaskVectorMerge`; one that takes an
+adapter's A from calibration data and shares out ranks is derived from `DataInit`; one that finds bases for a KV cache
+from `KVCompression`.
 
 This module imports no torch, and a transform should not at its top either: `--dry-run` then answers at once.
 """
@@ -40,11 +43,13 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from basiscli.linalg.lowrank import LowRank
+    from basiscli.linalg.svd import SVD
 
 Family = Literal["merge", "init", "compress"]
+Trained = Literal["factors", "values"]
 _POSITIONAL: dict[Family, tuple[str, ...]] = {
     "merge": ("base", "others", "weights", "seed"),
-    "init": ("weight", "rank", "svd"),
+    "init": ("weight", "rank", "svd", "inputs"),
     "compress": (),
 }
 Target = TypeVar("Target")
@@ -83,6 +88,10 @@ class Method:
     onto_weight: OntoWeight | None = None
     wants: tuple[str, ...] = ()
     needs_base: bool = True
+    principal: bool = False
+    """init: whether the factors are the weight's leading part, which a little noise leaves where it is."""
+    trains: Trained = "factors"
+    """init: A and B of ΔW = s·B·A, or the values σ of ΔW = B diag(σ) A alone."""
 
     @property
     def summary(self) -> str:
@@ -93,6 +102,16 @@ class Method:
     def keeps_factors(self) -> bool:
         """Whether low-rank inputs give a low-rank result that can be written as an adapter."""
         return isinstance(self.implementation, type) and issubclass(self.implementation, TaskVectorMerge)
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Whether modules get different ranks, which only the data tells; B is zero then, and the base unchanged."""
+        return isinstance(self.implementation, type) and issubclass(self.implementation, DataInit)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether an init needs the inputs of the weights."""
+        return self.shares_ranks or "inputs" in self.wants
 
     def validate(self, given: Mapping[str, Any]) -> BaseModel:
         """Check parameters given by name.
@@ -198,6 +217,52 @@ class AttentionMoments:
     """W_oᵀ W_o over the output projection's columns that read from the KV head: what an error of the value does."""
 
 
+@dataclass(frozen=True)
+class InputMoments:
+    """First and second moments of a module's inputs x over the calibration tokens, about a point near their mean."""
+
+    count: int
+    """Tokens."""
+    shift: Tensor
+    """The point c, float64 [in]."""
+    total: Tensor
+    """Σ (x − c), float64 [in]."""
+    second: Tensor
+    """Σ (x − c)(x − c)ᵀ, float64 [in, in]: sums of float32 products."""
+
+    @property
+    def centred(self) -> Tensor:
+        """Σ (x − x̄)(x − x̄)ᵀ, float64 [in, in]."""
+        return self.second - self.total[:, None] * (self.total / max(1, self.count))
+
+    @property
+    def raw(self) -> Tensor:
+        """Σ x xᵀ, float64 [in, in]."""
+        mixed = self.total[:, None] * self.shift
+        return self.second + mixed + mixed.mT + self.count * self.shift[:, None] * self.shift
+
+
+class DataInit(ABC):
+    """An init whose A spans directions of a module's inputs and whose B is zero, and which shares ranks out.
+
+    The core runs the model and gives every module the directions with the highest scores of the whole model: as many
+    in all as equal ranks would have.
+    """
+
+    Parameters: ClassVar[type[BaseModel]] = Parameters
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = parameters
+
+    @abstractmethod
+    def offered(self, rank: int) -> int:
+        """Return how many directions every module offers when the mean rank is to be this."""
+
+    @abstractmethod
+    def directions(self, inputs: InputMoments, count: int, svd: SVD) -> tuple[Tensor, Tensor]:
+        """Return so many rows for A [count, in], and their scores [count] in falling order; both float64."""
+
+
 class KVCompression(ABC):
     """A method that finds an orthogonal basis of the keys and one of the values, for each layer and KV head.
 
@@ -239,8 +304,10 @@ def transform(
     source: str = "",
     elementwise: bool = False,
     onto_weight: OntoWeight | None = None,
+    principal: bool = False,
+    trains: Trained = "factors",
 ) -> Callable[[Target], Target]:
-    """Make a function, a `TaskVectorMerge` or a `KVCompression` class a transform.
+    """Make a function, a `TaskVectorMerge`, a `DataInit` or a `KVCompression` class a transform.
 
     Args:
         family: the command it serves.
@@ -248,11 +315,14 @@ def transform(
         source: paper and equation.
         elementwise: see the module's documentation.
         onto_weight: for `--onto`: from an earlier merge's history to the weight its result takes as the first model.
+        principal: for `--quantize`: an init that takes the leading part of a matrix, and may be asked again for that of
+            what a quantised base lacks.
+        trains: what of an init's result is trained: A and B, or the values between them alone.
     """
 
     def register(target: Target) -> Target:
         doc = inspect.getdoc(target) or ""
-        if isinstance(target, type) and issubclass(target, KVCompression):
+        if isinstance(target, type) and issubclass(target, KVCompression | DataInit):
             method = Method(family, name or target.__name__.lower(), doc, source, target.Parameters, target)
         elif isinstance(target, type) and issubclass(target, TaskVectorMerge):
             method = Method(
@@ -264,10 +334,10 @@ def transform(
             parameters = _parameters_of(target)
             method = Method(
                 family, name or target.__name__, doc, source, parameters, target, elementwise, onto_weight, wants,
-                needs_base,
+                needs_base, principal, trains,
             )  # fmt: skip
         else:
-            raise TypeError("a transform is a function, a TaskVectorMerge or a KVCompression class")
+            raise TypeError("a transform is a function, or a TaskVectorMerge, DataInit or KVCompression class")
         target.basis_method = method  # type: ignore[attr-defined]
         return target
 

@@ -1,4 +1,4 @@
-"""Real models for benchmarks, and measuring whole commands: wall time and peak memory of a process."""
+"""Real models for benchmarks, and measuring whole commands: time and peak memory of a process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class Cost(NamedTuple):
 
     seconds: float
     peak_bytes: int
+    cpu_seconds: float
+    """Of all its threads: what other work on the machine disturbs less than the wall time."""
 
 
 def measured(command: list[str | Path], env: dict[str, str] | None = None) -> Cost:
-    """Run a command and return its wall time and the peak resident memory of its process."""
+    """Run a command and return its wall time, the peak resident memory of its process, and its processor time."""
     CACHE.mkdir(parents=True, exist_ok=True)
     log = CACHE / "last-command.log"
     with log.open("w") as stream:
@@ -35,12 +37,13 @@ def measured(command: list[str | Path], env: dict[str, str] | None = None) -> Co
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"failed: {' '.join(map(str, command))}\n{log.read_text()}")
-    return Cost(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Cost(seconds, peak, usage.ru_utime + usage.ru_stime)
 
 
 def best(costs: list[Cost]) -> Cost:
-    """Return the least wall time and the least peak of several runs: the rest is the machine's noise."""
-    return Cost(min(c.seconds for c in costs), min(c.peak_bytes for c in costs))
+    """Return the least of each over several runs: the rest is the machine's noise."""
+    return Cost(*map(min, zip(*costs, strict=True)))
 
 
 def smollm2() -> Path:

@@ -1,10 +1,10 @@
-"""The way back: a trained PiSSA adapter as plain LoRA of the original base, an adapter and its base as a checkpoint."""
+"""The way back: a trained PiSSA or SVFit adapter as plain LoRA of the original base, any adapter as a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from basiscli.api.merge import merge
 from basiscli.checkpoints.adapter import Adapter
-from basiscli.checkpoints.digests import digest, weights_digest
+from basiscli.checkpoints.digests import digest, stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, resolve
+from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora, selectors
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.local import Progress
 from basiscli.engine.merge_plan import ADAPTER_FILE
@@ -25,6 +26,9 @@ from basiscli.reports.schema import read_report
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Planned = Iterable[tuple[TensorSpec, Tensor | None]]
+    Tensors = Callable[[bool], Planned]
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def expand(
 
     With `initial`, the adapter was trained from a start that is not zero (`basis init`: PiSSA, MiLoRA, OLoRA) on its
     residual. What it changed of the original model is s(BA − B₀A₀), a LoRA of twice the rank on the original base:
-    A' = [A; A₀], B' = [B, −B₀]. Without, the adapter is added to its base: a full checkpoint.
+    A' = [A; A₀], B' = [B, −B₀]. Where singular values were trained (SVFit), it is B diag(v − σ) A, of the same rank.
+    Without, the adapter is added to its base: a full checkpoint.
 
     Args:
         adapter: the trained adapter.
@@ -70,7 +75,13 @@ def expand(
         raise InputError("not an adapter", file=source.path, remedy="give a PEFT LoRA folder")
     name = source.label.rpartition("/")[2].partition("@")[0]
     if initial is not None:
-        return _to_lora(source, resolve(str(initial)), base, Path(output or f"{name}-lora"), overwrite)
+        to_lora = _values_to_lora if is_tinylora(source) else _to_lora
+        return to_lora(source, resolve(str(initial)), base, Path(output or f"{name}-lora"), overwrite)
+    if is_tinylora(source):
+        raise UsageError(
+            "which trained values are whose, only the adapter says that their training began with",
+            remedy="give it with --initial, for plain LoRA of the original model",
+        )
     done = merge(
         [adapter],
         method="task_arithmetic",
@@ -92,23 +103,109 @@ def _to_lora(trained: Source, initial: Source, base: str | Path | None, out: Pat
         _check_pair(new, old)
         place = output_place(out, [trained, initial], overwrite=overwrite)
         config = _config(new, _base_name(initial, base))
-        specs = [spec for spec, _ in _tensors(new, old, read=False)]
-        layout = Layout.plan(specs, 1 << 62, single_file=ADAPTER_FILE)
-        check_disk(place, layout.nbytes)
-        output = PartialOutput(place, layout, digest([json.dumps(config).encode()]), resume=False)
-        try:
-            written = {}
-            for spec, tensor in _tensors(new, old, read=True):
-                assert tensor is not None
-                written[spec.name] = digest([output.write(spec.name, tensor)])
-            files = {ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-            output.commit(files, overwrite=overwrite)
-        except InputError:
-            output.discard()
-            raise
-        finally:
-            output.close()
-    return ExpandResult(place, "adapter", weights_digest(specs, written), len(new.modules))
+        found = _write(place, config, lambda read: _tensors(new, old, read=read), overwrite=overwrite)
+    return ExpandResult(place, "adapter", found, len(new.modules))
+
+
+def _write(place: Path, config: dict[str, Any], tensors: Tensors, *, overwrite: bool) -> str:
+    """Write an adapter; return the digest of its weights."""
+    specs = [spec for spec, _ in tensors(False)]
+    layout = Layout.plan(specs, 1 << 62, single_file=ADAPTER_FILE)
+    check_disk(place, layout.nbytes)
+    output = PartialOutput(place, layout, digest([json.dumps(config).encode()]), resume=False)
+    try:
+        written = {}
+        for spec, tensor in tensors(True):
+            assert tensor is not None
+            written[spec.name] = digest([output.write(spec.name, tensor)])
+        files = {ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+        output.commit(files, overwrite=overwrite)
+    except InputError:
+        output.discard()
+        raise
+    finally:
+        output.close()
+    return weights_digest(specs, written)
+
+
+def _values_to_lora(
+    trained: Source, initial: Source, base: str | Path | None, out: Path, overwrite: bool
+) -> ExpandResult:
+    """Write B diag(v − σ) A as plain LoRA: nothing but the values changed, so that the rank stays as it is."""
+    if not initial.is_adapter:
+        raise InputError("not an adapter", file=initial.path, remedy="give the adapter that `basis init` made")
+    new, old = TrainedValues(trained), TrainedValues(initial)
+    with closing(new.weights), closing(old.weights):
+        place_of = _places(old)
+        if new.modules.keys() != old.modules.keys() or new.rank != old.rank:
+            raise InputError(
+                "the two adapters have other modules or ranks",
+                file=initial.path,
+                remedy="give the adapter that this training began with",
+            )
+        place = output_place(out, [trained, initial], overwrite=overwrite)
+        config = {
+            "peft_type": "LORA",
+            "task_type": new.config.get("task_type"),
+            "base_model_name_or_path": _base_name(initial, base),
+            "target_modules": list(new.modules),
+            "r": new.rank,
+            "lora_alpha": new.rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": bool(new.config.get("fan_in_fan_out")),
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+        found = _write(place, config, lambda read: _value_tensors(new, old, place_of, read=read), overwrite=overwrite)
+    return ExpandResult(place, "adapter", found, len(new.modules))
+
+
+def _places(initial: TrainedValues) -> dict[str, int]:
+    """Return the number of each module's values: the report of the initialisation has the modules in that order."""
+    folder = initial.source.path
+    report = read_report(folder)
+    known = {tensor.name: tensor.sha256 for tensor in report.tensors} if report else {}
+    modules = list(report.adapter.modules) if report and report.adapter else []
+    fits = {*modules} == initial.modules.keys()
+    if not fits or any(stored_digest(initial.weights.tensors[v]) != known.get(v) for v in initial.values):
+        raise InputError(
+            "the adapter is not as `basis init` wrote it, or its report is not with it",
+            file=folder,
+            remedy="give the adapter that this training began with, with its basis_report.json",
+        )
+    return {module: place for place, module in enumerate(modules)}
+
+
+def _value_tensors(
+    new: TrainedValues, old: TrainedValues, place_of: dict[str, int], *, read: bool
+) -> Iterator[tuple[TensorSpec, Tensor | None]]:
+    """Yield A and B diag(v − σ) of every module; without reading, only what they will be."""
+    for module, stored in new.modules.items():
+        factors: tuple[Tensor | None, Tensor | None] = None, None
+        if read:
+            its, number = old.modules[module], place_of[module]
+            a = _unchanged(new, stored.a, old.weights.read(its.a))
+            b = _unchanged(new, stored.b, old.weights.read(its.b))
+            _unchanged(new, stored.p, selectors(new.rank))
+            change = new.weights.read(new.values[number]).double() - old.weights.read(old.values[number]).double()
+            factors = a, (b.double() * change).to(b.dtype)
+        for part, name, factor in zip("AB", (stored.a, stored.b), factors, strict=True):
+            spec = new.weights.tensors[name]
+            yield TensorSpec(f"base_model.model.{module}.lora_{part}.weight", spec.dtype, spec.shape), factor
+
+
+def _unchanged(new: TrainedValues, name: str, start: Tensor) -> Tensor:
+    """Return a tensor of a trained adapter that must be what its training began with, in whatever dtype."""
+    found = new.weights.read(name)
+    if found.shape != start.shape or not bool((found.double() == start.double()).all()):
+        raise InputError(
+            "more than the values differs from the start",
+            file=new.source.path,
+            tensor=name,
+            remedy="give the adapter that this training began with",
+        )
+    return found
 
 
 def _tensors(new: Adapter, old: Adapter, *, read: bool) -> Iterator[tuple[TensorSpec, Tensor | None]]:
@@ -127,7 +224,8 @@ def _tensors(new: Adapter, old: Adapter, *, read: bool) -> Iterator[tuple[Tensor
         if read:
             import torch
 
-            own, start = new.weights.read(name), old.weights.read(first[name]).to(new.weights.read(name).dtype)
+            own = new.weights.read(name)
+            start = old.weights.read(first[name]).to(own.dtype)
             tensor = torch.cat([own, start if axis == 0 else -start], axis)
         yield TensorSpec(name, stored.dtype, tuple(shape)), tensor
 
@@ -156,7 +254,7 @@ def _check_pair(new: Adapter, old: Adapter) -> None:
                     tensor=its,
                     remedy="give the adapter that this training began with",
                 )
-            if one.dtype != other.dtype and {one.dtype, other.dtype} != {"F32", other.dtype}:
+            if one.dtype not in (other.dtype, "F32"):
                 raise InputError(
                     f"the start is stored in {other.dtype}, the trained adapter in {one.dtype}: rounding it would "
                     "change what it subtracts",

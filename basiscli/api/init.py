@@ -1,4 +1,4 @@
-"""Adapters from weights: PiSSA and its relatives, and a fine-tune taken out as a LoRA."""
+"""Adapters from weights or from data: PiSSA and its relatives, EVA, and a fine-tune taken out as a LoRA."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from basiscli.checkpoints.dtypes import parse_dtype
+from basiscli.api.settings import run_settings
 from basiscli.checkpoints.source import Source, resolve
-from basiscli.engine.init_plan import ADAPTER, ALL_LINEAR, RESIDUAL, InitPlan
+from basiscli.engine.init_plan import (
+    ADAPTER,
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    RESIDUAL,
+    Calibration,
+    InitPlan,
+)
 from basiscli.engine.init_plan import plan_init as _plan
-from basiscli.engine.local import Progress, Silent, default_workers
-from basiscli.engine.merge_plan import Settings
-from basiscli.errors import UsageError
-from basiscli.names import parse_size
+from basiscli.engine.init_targets import ALL_LINEAR
+from basiscli.engine.local import Progress, Silent
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 from basiscli.transforms import Method, transform
@@ -33,14 +38,14 @@ class InitResult:
     path: Path
     adapter: Path
     residual: Path | None
-    """The base that belongs to the adapter; None where the base stays as it is (`extract`)."""
+    """The base that belongs to the adapter; None where the base stays as it is (`extract`, EVA)."""
     report: Report
 
 
 class InitOptions(TypedDict, total=False):
     """What `init` and `extract` take by name; `init` documents each."""
 
-    rank: int
+    rank: int | None
     alpha: float | None
     rslora: bool
     exact: bool
@@ -64,23 +69,33 @@ def init(
     *,
     method: str = "pissa",
     parameters: Mapping[str, Any] | None = None,
+    calibration: str | Path | None = None,
+    tokens: int | None = None,
+    length: int | None = None,
+    quantize: Literal["nf4"] | None = None,
     plugins: Sequence[str | Path] = (),
     progress: Progress | None = None,
     **options: Unpack[InitOptions],
 ) -> InitResult:
-    """Make a LoRA adapter from a model's weights, and the residual that is its base.
+    """Make a LoRA adapter from a model's weights, and the residual that is its base, or from data (`eva`).
 
     residual + scaling · B A is the model, to one rounding of the storage dtype: training begins where the model stands.
+    A method whose B is zero leaves the base as it is, and no residual is written.
 
     Args:
         model: a folder, a weights file or a Hub id.
         method: a name that `basis methods` lists under init.
         parameters: the method's parameters by name.
+        calibration: for methods that look at data: a text file, JSONL with `text`, a folder of such files, or a
+            safetensors file of tokens; by default a built-in mix.
+        tokens: how many of it, at most; 16,384 by default.
+        length: tokens a window, 512 by default.
+        quantize: 'nf4' where the residual will be loaded in 4 bits: the factors take up what that loses (pissa, olora).
         plugins: Python files with further methods.
         progress: what to tell how far the work is.
         **options: by name:
 
-            rank: of every factor, 16 by default.
+            rank: of every factor, 16 by default; the mean of all where the method shares ranks out.
             alpha: PEFT's `lora_alpha`; the rank by default, so that the scaling is 1.
             rslora: scale by alpha / √rank.
             exact: decompose exactly; else to 3e-3, measured.
@@ -92,25 +107,35 @@ def init(
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
     """
-    plan = plan_init(model, method=method, parameters=parameters, plugins=plugins, **options)
+    plan = plan_init(
+        model, method=method, parameters=parameters, calibration=calibration, tokens=tokens, length=length,
+        quantize=quantize, plugins=plugins, **options,
+    )  # fmt: skip
     return run_init(plan, progress or Silent())
 
 
 def extract(
-    model: str | Path, *, base: str | Path, progress: Progress | None = None, **options: Unpack[InitOptions]
+    model: str | Path,
+    *,
+    base: str | Path,
+    energy: float | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[InitOptions],
 ) -> InitResult:
     """Take a fine-tune out of a model as a LoRA adapter of its base: the truncated SVD of the difference.
 
     Args:
         model: the fine-tuned model.
         base: what it was tuned from.
+        energy: instead of one rank for all: as many singular vectors of each difference as hold this share of its
+            squared norm; a rank that is given, too, is the most.
         progress: what to tell how far the work is.
         **options: as for `init`; the output is the adapter's folder.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
     """
-    return run_init(plan_extract(model, base=base, **options), progress or Silent())
+    return run_init(plan_extract(model, base=base, energy=energy, **options), progress or Silent())
 
 
 def plan_init(
@@ -118,18 +143,29 @@ def plan_init(
     *,
     method: str = "pissa",
     parameters: Mapping[str, Any] | None = None,
+    calibration: str | Path | None = None,
+    tokens: int | None = None,
+    length: int | None = None,
+    quantize: Literal["nf4"] | None = None,
     plugins: Sequence[str | Path] = (),
     **options: Unpack[InitOptions],
 ) -> InitPlan:
     """Return the plan of an initialisation without writing anything and without importing torch."""
-    registry = Registry.with_files([Path(file) for file in plugins])
-    return _planned(resolve(str(model)), None, registry.find("init", method), parameters or {}, options)
+    found = Registry.with_files([Path(file) for file in plugins]).find("init", method)
+    text = None
+    if calibration is not None or tokens is not None or length is not None:
+        place = None if calibration is None else str(calibration)
+        tokens = DEFAULT_TOKENS if tokens is None else tokens
+        text = Calibration(place, tokens, min(DEFAULT_LENGTH, tokens) if length is None else length)
+    return _planned(resolve(str(model)), None, found, parameters or {}, options, calibration=text, quantize=quantize)
 
 
-def plan_extract(model: str | Path, *, base: str | Path, **options: Unpack[InitOptions]) -> InitPlan:
+def plan_extract(
+    model: str | Path, *, base: str | Path, energy: float | None = None, **options: Unpack[InitOptions]
+) -> InitPlan:
     """Return the plan of an extraction without writing anything and without importing torch."""
     method: Method = difference.basis_method  # type: ignore[attr-defined]
-    return _planned(resolve(str(model)), resolve(str(base)), method, {}, options)
+    return _planned(resolve(str(model)), resolve(str(base)), method, {}, options, energy=energy)
 
 
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
@@ -140,25 +176,28 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
     from basiscli.engine.devices import choose_device
     from basiscli.engine.init_run import InitRun
     from basiscli.engine.partial import partial_output
-    from basiscli.reports.init_report import build_init_report, lora_config, part_of
+    from basiscli.reports.init_card import adapter_card
+    from basiscli.reports.init_report import build_init_report, part_of, peft_config
 
     device = choose_device(plan.settings.device)
     with partial_output(plan, progress, resume=plan.settings.resume) as output:
         run = InitRun(plan, output, progress, device)
         run.run()
         report = build_init_report(run, seconds=time.monotonic() - started)
-        files = {REPORT: _json(report)}
-        if plan.base is not None:
-            files["adapter_config.json"] = lora_config(plan)
-        else:
-            beside = sidecar_files(plan.model, plan.settings.dtype, code=False)
-            files |= {f"{RESIDUAL}/{name}": content for name, content in beside.items()}
-            files |= {f"{part}/{REPORT}": _json(part_of(report, plan, part)) for part in (ADAPTER, RESIDUAL)}
-            files[f"{ADAPTER}/adapter_config.json"] = lora_config(plan)
+        files = {REPORT: report.as_file()}
+        folder = "" if plan.base is not None else f"{ADAPTER}/"
+        beside_factors = {"adapter_config.json": peft_config(run)} | adapter_card(plan, report)
+        files |= {f"{folder}{name}": content for name, content in beside_factors.items()}
+        if folder:
+            parts = [ADAPTER, RESIDUAL] if plan.has_residual else [ADAPTER]
+            files |= {f"{part}/{REPORT}": part_of(report, run, part).as_file() for part in parts}
+            if plan.has_residual:
+                beside = sidecar_files(plan.model, plan.settings.dtype, code=False)
+                files |= {f"{RESIDUAL}/{name}": content for name, content in beside.items()}
         output.commit(files, overwrite=plan.settings.overwrite)
     if plan.base is not None:
         return InitResult(plan.out, plan.out, None, report)
-    return InitResult(plan.out, plan.out / ADAPTER, plan.out / RESIDUAL, report)
+    return InitResult(plan.out, plan.out / ADAPTER, plan.out / RESIDUAL if plan.has_residual else None, report)
 
 
 @transform("init", name="extract", source="truncated SVD: Eckart and Young 1936")
@@ -170,31 +209,29 @@ def difference(weight: Tensor, rank: int, svd: SVD) -> tuple[Tensor, Tensor]:
 
 
 def _planned(
-    source: Source, base: Source | None, method: Method, parameters: Mapping[str, Any], options: InitOptions
+    source: Source,
+    base: Source | None,
+    method: Method,
+    parameters: Mapping[str, Any],
+    options: InitOptions,
+    *,
+    energy: float | None = None,
+    calibration: Calibration | None = None,
+    quantize: str | None = None,
 ) -> InitPlan:
-    workers, dtype = options.get("workers"), options.get("dtype")
-    if workers is not None and workers < 1:
-        raise UsageError(f"{workers} workers", remedy="at least one")
-    settings = Settings(
-        dtype=parse_dtype(dtype) if dtype else None,
-        shard_bytes=parse_size(options.get("shard_size", "5GB")),
-        workers=workers or default_workers(),
-        **{name: options[name] for name in _SETTINGS if name in options},  # type: ignore[literal-required]
-    )
     return _plan(
         source,
         method,
         parameters,
         base=base,
-        rank=options.get("rank", 16),
+        rank=options.get("rank"),
+        energy=energy,
         alpha=options.get("alpha"),
         rslora=options.get("rslora", False),
         exact=options.get("exact", False),
+        quantize=quantize,
         target_modules=options.get("target_modules", ALL_LINEAR),
+        calibration=calibration,
         out=options.get("output"),
-        settings=settings,
+        settings=run_settings(options, _SETTINGS),
     )
-
-
-def _json(report: Report) -> bytes:
-    return (report.model_dump_json(indent=1) + "\n").encode()

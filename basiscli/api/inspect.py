@@ -11,6 +11,7 @@ from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.architecture import kind_by_name, layer_of
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.names import natural_key
 from basiscli.reports.schema import read_report
@@ -66,7 +67,10 @@ def inspect(model: str | Path) -> Inspection:
         InputError, HubError: not there, or damaged.
     """
     source = resolve(str(model))
-    if source.is_adapter:
+    if is_tinylora(source):
+        values = TrainedValues(source)
+        facts, checkpoint, kind = _values_facts(values), values.weights, "adapter"
+    elif source.is_adapter:
         adapter = Adapter(source)
         facts, checkpoint, kind = _adapter_facts(adapter), adapter.weights, "adapter"
     else:
@@ -77,7 +81,8 @@ def inspect(model: str | Path) -> Inspection:
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: natural_key(t.name))
     kinds: dict[str, list[TensorSpec]] = {}
     for tensor in tensors:
-        name = "lora" if ".lora_" in tensor.name else str(kind_by_name(tensor) or "matrix")
+        form = next((form for form in ("tinylora", "lora") if f".{form}_" in tensor.name), None)
+        name = form or str(kind_by_name(tensor) or "matrix")
         kinds.setdefault(name, []).append(tensor)
     groups = [
         _group(name, members) for name, members in sorted(kinds.items(), key=lambda kv: -sum(t.count for t in kv[1]))
@@ -137,6 +142,17 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
         "modules": len(adapter.modules),
         "targets": ", ".join(sorted(leaves)),
         "trained whole": ", ".join(sorted(adapter.replaced)) or None,
+    }
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _values_facts(adapter: TrainedValues) -> dict[str, Any]:
+    leaves = {module.rpartition(".")[2] for module in adapter.modules}
+    facts = {
+        "base": adapter.source.base_model,
+        "trained": f"{adapter.rank} singular values a module",
+        "modules": len(adapter.modules),
+        "targets": ", ".join(sorted(leaves)),
     }
     return {name: fact for name, fact in facts.items() if fact is not None}
 

@@ -9,7 +9,8 @@ from typing import Any
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.digests import file_digest, stored_digest, weights_digest
 from basiscli.checkpoints.kv_file import BASES_FILE, CONFIG_FILE, read_kv_config
-from basiscli.checkpoints.source import resolve
+from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import REPORT
 from basiscli.engine.local import Progress, Silent
@@ -45,7 +46,7 @@ def verify(model: str | Path, *, progress: Progress | None = None) -> Verificati
             bytes are not those that the report says were written.
     """
     source = resolve(str(model))
-    checkpoint = Adapter(source).weights if source.is_adapter else Checkpoint.open(source)
+    checkpoint = _weights(source)
     report = read_report(source.folder)
     if report is None:
         return Verification(source.path, len(checkpoint.tensors), checked_digests=False, weights_digest=None)
@@ -53,6 +54,12 @@ def verify(model: str | Path, *, progress: Progress | None = None) -> Verificati
     if report.kv is not None:
         _check_bases(source.folder, report.kv)
     return Verification(source.path, len(checkpoint.tensors), checked_digests=True, weights_digest=found)
+
+
+def _weights(source: Source) -> Checkpoint:
+    if not source.is_adapter:
+        return Checkpoint.open(source)
+    return TrainedValues(source).weights if is_tinylora(source) else Adapter(source).weights
 
 
 def _check_bases(folder: Path, record: KVRecord) -> None:

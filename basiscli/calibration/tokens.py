@@ -35,6 +35,8 @@ class Windows:
     """Where the text came from."""
     sha256: str
     """Of the token ids' bytes."""
+    counted: Tensor | None = None
+    """Which tokens' activations count [windows, length]: no padding, none whose own label is −100; None for all."""
 
     @property
     def tokens(self) -> int:
@@ -47,14 +49,16 @@ class Windows:
     def select(self, places: Tensor | slice | list[int]) -> Windows:
         """Return some of the windows."""
         mask = None if self.attention_mask is None else self.attention_mask[places]
-        return Windows(self.ids[places], self.labels[places], mask, self.name, self.sha256)
+        counted = None if self.counted is None else self.counted[places]
+        return Windows(self.ids[places], self.labels[places], mask, self.name, self.sha256, counted)
 
     def shortened(self, length: int) -> Windows:
         """Return the windows cut to at most so many tokens."""
         mask = None if self.attention_mask is None else self.attention_mask[:, :length]
+        counted = None if self.counted is None else self.counted[:, :length]
         labels = self.labels[:, :length].clone()
         labels[:, -1] = -100
-        return Windows(self.ids[:, :length], labels, mask, self.name, self.sha256)
+        return Windows(self.ids[:, :length], labels, mask, self.name, self.sha256, counted)
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
@@ -86,19 +90,35 @@ def read_windows(place: str | Path | None, tokenizer: Any, length: int, vocabula
     if not any(text.strip() for text in texts):
         raise InputError("no text in the calibration data", file=place, remedy=_ADVICE)
     tok = tokenizer()
-    end = tok.eos_token_id
+    before, after = _frame(tok)
+    end = None if after else tok.eos_token_id
+    inner = length - len(before) - len(after)
     ids: list[int] = []
     for encoded in tok(texts, add_special_tokens=False, verbose=False)["input_ids"]:  # silent about long texts
         ids += encoded
         if end is not None:
             ids.append(end)
-    if len(ids) < length:
+    if inner < 1 or len(ids) < inner:
         raise InputError(
             f"the calibration text has {len(ids)} tokens, fewer than one window of {length}", file=place, remedy=_ADVICE
         )
-    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    windows = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
+    edges = [torch.tensor(part, dtype=torch.long).expand(len(windows), -1) for part in (before, after)]
+    windows = torch.cat([edges[0], windows, edges[1]], 1)
     _check_vocabulary(windows, vocabulary, place)
     return Windows(windows, _next_tokens(windows), None, name, _digest(windows))
+
+
+def _frame(tok: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the model expects around a text: `<bos>` and none, `[CLS]` and `[SEP]`, or none.
+
+    A model that was trained with a first token of its own is another model without it.
+    """
+    plain, whole = (tok("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    start = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    after = whole[start + len(plain) :]
+    # An end of the text is put between texts, not into the middle of one; an encoder's separator ends every window.
+    return whole[:start], after if tok.sep_token_id in after else []
 
 
 def _digest(ids: Tensor) -> str:
@@ -198,7 +218,11 @@ def _tokens_of_file(file: Path, length: int, vocabulary: int) -> Windows:
         labels = torch.where(_next_tokens(given["labels"].long()) == -100, -100, labels)
     if mask is not None:
         labels = torch.where((mask * mask.roll(-1, 1)) == 1, labels, -100)
-    windows = Windows(ids, labels, mask, file.name, _digest(ids))
+    counted = None if mask is None else mask == 1
+    if "labels" in given:
+        own = given["labels"] != -100
+        counted = own if counted is None else counted & own
+    windows = Windows(ids, labels, mask, file.name, _digest(ids), counted)
     windows = windows.shortened(length) if ids.shape[1] > length else windows
     if bool((windows.labels == -100).all()):
         raise InputError(

@@ -78,7 +78,11 @@ class Adapter:
             raise InputError(what, file=self.source.path / ADAPTER_CONFIG, remedy=remedy)
 
         if self.config.get("peft_type") != "LORA":
-            refuse(f"this is a {self.config.get('peft_type')} adapter; only LORA is read")
+            values = self.config.get("peft_type") == "TINYLORA"
+            refuse(
+                f"this is a {self.config.get('peft_type')} adapter; only LORA is read",
+                *(["make plain LoRA of it: `basis expand ADAPTER --initial START`"] if values else []),
+            )
         for option, reason in _REFUSED.items():
             if self.config.get(option):
                 refuse(f"{option} is set: {reason}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import raw_bytes
 from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
-from basiscli.checkpoints.layout import METADATA, Layout
+from basiscli.checkpoints.layout import METADATA, Layout, Shard
 from basiscli.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ class PartialOutput:
         self.finished: dict[str, dict[str, Any]] = {}
         self.resumed = 0
         """Number of pieces of work that an earlier run left finished."""
-        self._places = {
-            tensor.name: (shard.file, shard.header[1][tensor.name])
-            for shard in layout.shards
-            for tensor in shard.tensors
-        }
+        self._places = _places(layout)
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._journal = self._lock_journal()
@@ -74,6 +70,20 @@ class PartialOutput:
                 self._descriptors[shard.file] = os.open(self.folder / shard.file, os.O_RDWR)
         except OSError as error:
             self.close()
+            raise _disk_error(error, self.folder) from error
+
+    def allocate(self, layout: Layout) -> None:
+        """Make the files of an output whose shapes only the work itself could tell; it had an empty layout before.
+
+        Raises:
+            ResourceError: if the disk cannot hold it.
+        """
+        self.layout, self._places = layout, _places(layout)
+        try:
+            for shard in layout.shards:
+                self._make(shard)
+                self._descriptors[shard.file] = os.open(self.folder / shard.file, os.O_RDWR)
+        except OSError as error:
             raise _disk_error(error, self.folder) from error
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> memoryview:
@@ -200,16 +210,24 @@ class PartialOutput:
         os.ftruncate(self._journal, 0)
         self.scratch.mkdir()
         for shard in self.layout.shards:
-            (self.folder / shard.folder).mkdir(exist_ok=True)
-            descriptor = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                # Claims the blocks, so that a full disk is found now and not after an hour.
-                os.posix_fallocate(descriptor, 0, shard.nbytes)
-                os.pwrite(descriptor, shard.header[0], 0)
-            finally:
-                os.close(descriptor)
+            self._make(shard)
         # The journal's first line comes last: without it nothing here counts.
         os.write(self._journal, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+
+    def _make(self, shard: Shard) -> None:
+        (self.folder / shard.folder).mkdir(exist_ok=True)
+        descriptor = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Claims the blocks, so that a full disk is found now and not after an hour.
+            os.posix_fallocate(descriptor, 0, shard.nbytes)
+            os.pwrite(descriptor, shard.header[0], 0)
+        finally:
+            os.close(descriptor)
+
+
+def _places(layout: Layout) -> dict[str, tuple[str, int]]:
+    """Return each tensor's file and offset in it."""
+    return {t.name: (shard.file, shard.header[1][t.name]) for shard in layout.shards for t in shard.tensors}
 
 
 def write_file(file: Path, tensors: Iterable[TensorSpec], data: Iterable[torch.Tensor]) -> str:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from basiscli.engine.init_plan import InitPlan
     from basiscli.reports.schema import Report
 
-Rank = Annotated[int, typer.Option("--rank", "-r", help="Rank of every factor.")]
+Rank = Annotated[
+    int | None, typer.Option("--rank", "-r", help="Rank of every factor. [default: 16]", show_default=False)
+]
 Alpha = Annotated[
     float | None, typer.Option(help="PEFT's lora_alpha. [default: the rank: scaling 1]", show_default=False)
 ]
@@ -29,7 +31,7 @@ Targets = Annotated[
 def init(
     model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name@revision).")] = ".",
     method: Annotated[str, typer.Option("--method", "-m", help="`basis methods` lists them.")] = "pissa",
-    rank: Rank = 16,
+    rank: Rank = None,
     alpha: Alpha = None,
     rslora: RsLora = False,
     exact: Exact = False,
@@ -38,6 +40,28 @@ def init(
         Path | None,
         typer.Option("--output", "-o", help="Folder to make. [default: ./MODEL-METHOD]", show_default=False),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text whose activations eva and corda look at: file, folder, JSONL or safetensors tokens. "
+            "[default: a built-in mix]",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of it. [default: 16384]", show_default=False)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window. [default: 512]", show_default=False)] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="nf4: for a residual that will be loaded in 4 bits (pissa, olora).", metavar="nf4", show_default=False
+        ),
+    ] = None,
+    rho: Annotated[
+        float | None,
+        typer.Option(help="eva: a module's rank is at most rho times the mean. [default: 2]", show_default=False),
+    ] = None,
+    whiten: Annotated[bool, typer.Option("--whiten", help="eva: scale A to inputs of variance 1.")] = False,
+    no_center: Annotated[bool, typer.Option("--no-center", help="eva: leave the inputs' mean in.")] = False,
     parameters: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value of the method; repeatable.")
     ] = None,
@@ -55,18 +79,25 @@ def init(
     quiet: options.Quiet = False,
     config: options.Config = None,
 ) -> None:
-    """Make a LoRA adapter from a model's weights, and the residual that is its base.
+    """Make a LoRA adapter from a model's weights, and the residual that is its base, or from data (eva).
 
-    `OUT/adapter` is plain PEFT and loads on `OUT/residual`; together they are the model.
+    `OUT/adapter` is plain PEFT and loads on `OUT/residual`; together they are the model. eva's loads on
+    the model itself.
     """
     out = Output(as_json=json, quiet=quiet)
     with errors_shown(as_json=json):
         from basiscli.api.init import plan_init
 
+        named = {"rho": rho, "whiten": whiten or None, "center": False if no_center else None}
+        given = options.parse_parameters(parameters or []) | {n: v for n, v in named.items() if v is not None}
         plan = plan_init(
             model,
             method=method,
-            parameters=options.parse_parameters(parameters or []),
+            parameters=given,
+            calibration=calibration,
+            tokens=tokens,
+            length=length,
+            quantize=quantize,  # type: ignore[arg-type]  # the plan refuses other words
             plugins=plugin or [],
             rank=rank,
             alpha=alpha,
@@ -89,7 +120,13 @@ def init(
 def extract(
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     base: Annotated[str, typer.Option(help="What it was tuned from.")],
-    rank: Rank = 16,
+    rank: Rank = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of one rank: what holds this share of each difference's squared norm.", show_default=False
+        ),
+    ] = None,
     alpha: Alpha = None,
     rslora: RsLora = False,
     exact: Exact = False,
@@ -118,6 +155,7 @@ def extract(
         plan = plan_extract(
             model,
             base=base,
+            energy=energy,
             rank=rank,
             alpha=alpha,
             rslora=rslora,
@@ -168,9 +206,14 @@ def _summary(report: Report) -> str:
     numbers, cost, adapter = report.numbers, report.cost, report.adapter
     assert adapter is not None
     error = f"; residual + adapter is the model to {numbers['error_most']:.1e}" if "error_most" in numbers else ""
+    least, most = numbers["rank_least"], numbers["rank_most"]
+    of_data = adapter.calibration and "error_most" not in numbers
+    nf4 = f"; in NF4 its error is {numbers['nf4_error_reduction']:.1%} below QLoRA’s" if adapter.quantize else ""
+    text = f" on {adapter.calibration.tokens:,} tokens" if adapter.calibration else ""
     return (
-        f"{numbers['modules']:.0f} modules of rank {adapter.rank}, {numbers['adapter_parameters']:,.0f} parameters: "
-        f"{numbers['energy']:.1%} of the energy ({numbers['energy_least']:.1%} at least){error}\n"
+        f"{numbers['modules']:.0f} modules of rank {least:.0f}{'' if least == most else f' to {most:.0f}'}, "
+        f"{numbers['adapter_parameters']:,.0f} parameters: {numbers['energy']:.1%} of the "
+        f"{'inputs’ variance' if of_data else 'energy'} ({numbers['energy_least']:.1%} at least){text}{error}{nf4}\n"
         f"{format_size(cost.written_bytes)} in {cost.seconds:.1f} s, "
         f"peak memory {format_size(cost.peak_memory_bytes)} on {cost.device}"
     )
@@ -184,9 +227,12 @@ def _plan_document(plan: InitPlan) -> dict[str, Any]:
         "model": plan.model.source.spec,
         "base": plan.base.source.spec if plan.base else None,
         "rank": plan.rank,
-        "alpha": plan.alpha,
+        "energy": plan.energy,
+        "alpha": plan.alpha_of(plan.rank),
+        "quantize": plan.quantize,
+        "calibration": vars(plan.calibration) if plan.calibration else None,
         "modules": list(plan.targets.values()),
-        "write_bytes": plan.layout.nbytes,
+        "write_bytes": plan.expected_bytes,
         "peak_bytes": plan.peak_bytes,
         "notes": plan.notes,
     }
@@ -196,7 +242,16 @@ def _show_plan(out: Output, plan: InitPlan) -> None:
     from basiscli.names import format_size
 
     out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
-    out.line(f"{len(plan.targets)} modules of rank {plan.rank}, scaling {plan.scaling:g}")
+    rank = f"rank {plan.rank}" if plan.ranks_known else f"mean rank {plan.rank}"
+    if plan.energy is not None:
+        rank = f"what rank {plan.energy:.0%} of the energy takes, {plan.rank} at most"
+    form = "singular values trained" if plan.trains_values else f"scaling {plan.scaling(plan.rank):g}"
+    out.line(f"{len(plan.targets)} modules of {rank}, {form}")
+    if plan.quantize is not None:
+        out.line(f"factors make up for a residual in {plan.quantize}")
+    if plan.calibration is not None:
+        text = plan.calibration.place or "built-in mix"
+        out.line(f"inputs of {plan.calibration.tokens:,} tokens in windows of {plan.calibration.length}: {text}")
     for note in plan.notes:
         out.line(f"note: {note}")
-    out.line(f"write {format_size(plan.layout.nbytes)}, memory for tensors at most {format_size(plan.peak_bytes)}")
+    out.line(f"write {format_size(plan.expected_bytes)}, memory for tensors at most {format_size(plan.peak_bytes)}")

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
 from basiscli.checkpoints.adapter import CONV1D_MODELS
-from basiscli.checkpoints.architecture import Kind, kinds, loaded_names
 from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.engine.init_targets import ALL_LINEAR as ALL_LINEAR
+from basiscli.engine.init_targets import find_targets, in_model_order
 from basiscli.engine.local import peak_workspace
 from basiscli.engine.merge_plan import ADAPTER_FILE, Settings
 from basiscli.engine.output_place import check_disk, output_place
-from basiscli.errors import InputError, UsageError, did_you_mean
+from basiscli.engine.partial import fingerprint_of
+from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
 from basiscli.transforms import Method
-from basiscli.version import __version__
 
 ADAPTER, RESIDUAL = "adapter", "residual"
-ALL_LINEAR = "all-linear"
-_HEADS = {"lm_head", "embed_out", "score", "classifier"}  # PEFT's all-linear leaves output layers alone, too
+DEFAULT_RANK = 16
+DEFAULT_TOKENS, DEFAULT_LENGTH = 16384, 512
+NF4: Final = "nf4"
+NF4_ROUNDS = 5  # what QPiSSA's paper takes: the error falls fast at first, and each round is another decomposition
+MOST_VALUES = 128  # PEFT's form of trained values holds rank³ numbers a module: 2 MB here, 8 once PEFT has saved it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text whose activations a method wants."""
+
+    place: str | None
+    """File or folder; None for the built-in mix."""
+    tokens: int
+    length: int
+    """Tokens a window."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +57,69 @@ class InitPlan:
     method: Method
     values: BaseModel
     rank: int
-    alpha: float
+    """Of every module; the mean where ranks are shared out, the most where `energy` decides."""
+    energy: float | None
+    """For `extract`: the share of each difference's squared norm that its factors shall hold, at least."""
+    alpha: float | None
+    """None for the rank."""
     rslora: bool
     exact: bool
+    quantize: Literal["nf4"] | None
+    """The format that the residual will be loaded in, and whose errors the factors take up."""
     targets: dict[str, str]
-    """Weights in their order, and what the model calls their modules once it is loaded."""
-    layout: Layout
+    """Weights in their order, and what the model calls their modules once it is loaded.
+
+    The order is that of the model's modules where PEFT numbers them (trained values), else that of the names.
+    """
+    target_modules: str | Sequence[str]
+    """As they were given."""
+    calibration: Calibration | None
     settings: Settings
     notes: list[str]
 
     @property
-    def scaling(self) -> float:
-        """What PEFT multiplies B·A with."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def has_residual(self) -> bool:
+        """Whether what the adapter holds is taken from the base."""
+        return self.base is None and not self.method.shares_ranks
+
+    @property
+    def trains_values(self) -> bool:
+        """Whether the adapter trains the values between its factors alone."""
+        return self.method.trains == "values"
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.targets)}
+
+    @property
+    def ranks_known(self) -> bool:
+        """Whether every module's rank is known before the work."""
+        return self.energy is None and not self.method.shares_ranks
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The files to write; none where only the work tells the ranks."""
+        return self.layout_of(dict.fromkeys(self.targets, self.rank)) if self.ranks_known else Layout(())
+
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes to be written, an estimate where ranks are not known."""
+        return self.layout.nbytes or self.layout_of(dict.fromkeys(self.targets, self.rank)).nbytes
+
+    def alpha_of(self, rank: int) -> float:
+        """Return `lora_alpha` of a module of this rank."""
+        if self.method.shares_ranks:
+            return (self.alpha or self.rank) * rank / self.rank
+        return float(self.alpha or rank)
+
+    def scaling(self, rank: int) -> float:
+        """Return what PEFT multiplies the B·A of a module of this rank with."""
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def copied(self) -> list[str]:
         """Tensors of the residual that are as they were."""
-        return [] if self.base else [name for name in self.model.tensors if name not in self.targets]
+        return [name for name in self.model.tensors if name not in self.targets] if self.has_residual else []
 
     @property
     def transposed(self) -> bool:
@@ -77,31 +135,66 @@ class InitPlan:
     def fingerprint(self) -> str:
         """Digest of everything that decides the bytes of the result."""
         files = [*self.model.files, *(self.base.files if self.base else [])]
-        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         settings = self.settings
+        calibration = vars(self.calibration) if self.calibration else None
+        if self.calibration and self.calibration.place:
+            place = Path(self.calibration.place)
+            files += [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
         facts = [
-            __version__, self.method.name, self.values.model_dump(mode="json"), self.rank, self.alpha, self.rslora,
-            self.exact, list(self.targets.items()), stamps, settings.device, settings.dtype, settings.seed,
-            settings.allow_nonfinite, [shard.header[0].hex() for shard in self.layout.shards],
+            self.method.name, self.values.model_dump(mode="json"), self.rank, self.energy, self.alpha, self.rslora,
+            self.exact, self.quantize, list(self.targets.items()), calibration, settings.device, settings.dtype,
+            settings.seed, settings.allow_nonfinite, [shard.header[0].hex() for shard in self.layout.shards],
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return fingerprint_of(files, facts)
 
     def workspace(self, name: str) -> int:
         """Return the bytes of memory that the work on one weight takes, at most."""
         tensor = self.model.tensors[name]
-        small = min(tensor.shape)
+        small = self.linear_shape(name)[1] if self.calibration else min(tensor.shape)
         # The weight as stored, in float32 and float64, products of its size; the Gram matrix, its vectors, LAPACK.
-        return 28 * tensor.count + 4 * 8 * small * small
+        return (36 if self.quantize else 28) * tensor.count + 4 * 8 * small * small
 
-    def keys(self, name: str) -> tuple[str, str]:
-        """Return the names that PEFT gives the two factors, A and B, of a weight."""
+    def factors(self, name: str, rank: int) -> list[TensorSpec]:
+        """Return what the adapter holds of a weight, as PEFT names it: nothing for rank 0.
+
+        A [rank, in] and B [out, rank]. Where values are trained, it is PEFT's TinyLoRA, ΔW = B (Σᵢ vᵢ Pᵢ) A, with
+        P [rank, rank, rank], which says where between B and A each value stands, and v [rank].
+        """
+        if not rank:
+            return []
+        out_features, in_features = self.linear_shape(name)
+        dtype = self.settings.dtype or self.model.tensors[name].dtype
         module = f"base_model.model.{self.targets[name]}"
-        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        form = "{}.tinylora_{}" if self.trains_values else "{}.lora_{}.weight"
+        specs = [
+            TensorSpec(form.format(module, "A"), dtype, (rank, in_features)),
+            TensorSpec(form.format(module, "B"), dtype, (out_features, rank)),
+        ]
+        if self.trains_values:
+            specs += [
+                TensorSpec(form.format(module, "P"), "U8", (rank, rank, rank)),
+                TensorSpec(f"base_model.tinylora_v.{self._places[name]}", dtype, (rank,)),
+            ]
+        return specs
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Return (out_features, in_features) of a weight."""
         rows, columns = self.model.tensors[name].shape
         return (columns, rows) if self.transposed else (rows, columns)
+
+    def layout_of(self, ranks: Mapping[str, int]) -> Layout:
+        """Return the files for such ranks by weight; a weight of rank 0 has no factors."""
+        factors = [spec for name, rank in ranks.items() for spec in self.factors(name, rank)]
+        adapter = Layout.plan(factors, self.settings.shard_bytes, single_file=ADAPTER_FILE)
+        if self.base is not None:
+            return adapter
+        if not self.has_residual:
+            return Layout.of_folders({ADAPTER: adapter})
+        whole = [
+            TensorSpec(t.name, self.settings.dtype or t.dtype if DTYPES[t.dtype].floating else t.dtype, t.shape)
+            for t in sorted(self.model.tensors.values(), key=lambda t: natural_key(t.name))
+        ]
+        return Layout.of_folders({ADAPTER: adapter, RESIDUAL: Layout.plan(whole, self.settings.shard_bytes)})
 
     def close(self) -> None:
         """Close the inputs."""
@@ -116,11 +209,14 @@ def plan_init(
     parameters: Mapping[str, Any],
     *,
     base: Source | None,
-    rank: int,
+    rank: int | None,
+    energy: float | None,
     alpha: float | None,
     rslora: bool,
     exact: bool,
+    quantize: str | None,
     target_modules: str | Sequence[str],
+    calibration: Calibration | None,
     out: str | Path | None,
     settings: Settings,
 ) -> InitPlan:
@@ -130,10 +226,13 @@ def plan_init(
         UsageError, InputError, ResourceError: whatever can be refused before the work begins.
     """
     values = method.validate(parameters)
-    if rank < 1:
+    if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}", remedy="at least 1")
-    alpha = float(rank) if alpha is None else alpha
-    if not (alpha > 0 and math.isfinite(alpha)):
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy {energy:g}", remedy="a share of the squared norm: more than 0, at most 1")
+    calibration = _calibration(method, calibration)
+    _check_form(method, rank or DEFAULT_RANK, alpha, rslora, quantize)
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
         raise UsageError(f"alpha {alpha:g}", remedy="a positive number; the rank by default")
     if source.is_adapter:
         raise InputError("this is an adapter; a full checkpoint is needed", file=source.path, remedy="give its base")
@@ -141,58 +240,67 @@ def plan_init(
     other = Checkpoint.open(base) if base is not None else None
     for checkpoint in filter(None, (model, other)):
         _refuse_packed(checkpoint)
-    targets = _targets(model, target_modules)
+    targets = find_targets(model, target_modules)
+    if method.trains == "values":
+        targets = in_model_order(model, targets)
     notes: list[str] = []
     if other is not None:
         notes += _check_pair(model, other, targets)
+    most = max(min(model.tensors[name].shape) for name in targets)
     place = output_place(
         out or Path(f"{source.label.rpartition('/')[2].partition('@')[0]}-{method.name}"),
         [source, model.source, *([other.source] if other else [])],
         overwrite=settings.overwrite,
     )
     plan = InitPlan(
-        place, model, other, method, values, rank, alpha, rslora, exact, targets, Layout(()), settings, notes
-    )
+        place, model, other, method, values, rank or (most if energy is not None else DEFAULT_RANK), energy, alpha,
+        rslora, exact, NF4 if quantize else None, targets, target_modules, calibration, settings,
+        notes,
+    )  # fmt: skip
     _check_ranks(plan)
-    layout = _layout(plan)
-    check_disk(place, layout.nbytes)
-    return InitPlan(**{**vars(plan), "layout": layout})
+    check_disk(place, plan.expected_bytes if energy is None else 0)
+    return plan
 
 
-def _targets(model: Checkpoint, wanted: str | Sequence[str]) -> dict[str, str]:
-    """Return the weights that `target_modules` means, read as PEFT reads it, and their modules."""
-    kind_of = kinds(model, model.tensors).by_name
-    linear = [n for n, t in model.tensors.items() if kind_of[n] is Kind.LINEAR and n.endswith(".weight") and t.count]
-    loaded = loaded_names(model, sorted(linear, key=natural_key))
-    weights = {module.removesuffix(".weight"): name for name, module in loaded.items()}
-    modules = list(weights)
-    if not modules:
-        raise InputError(
-            "the checkpoint holds no linear layer", file=model.source.path, remedy="give the folder of a whole model"
+def _check_form(method: Method, rank: int, alpha: float | None, rslora: bool, quantize: str | None) -> None:
+    """Refuse options that the method's kind of adapter has no place for."""
+    values = method.trains == "values"
+    if quantize is not None and quantize != NF4:
+        raise UsageError(f"no 4-bit format is called '{quantize}'", remedy=f"--quantize {NF4}")
+    if quantize is not None and (values or not method.principal):
+        reason = (
+            "PEFT does not load trained values on a 4-bit base"
+            if values
+            else "its factors are not the leading part of the weight, and would be the rounding's noise when they are "
+            "taken again of what the 4-bit base lacks"
         )
-    leaves = {module.rpartition(".")[2] for module in modules}
-    if wanted == ALL_LINEAR:
-        chosen = [module for module in modules if module.rpartition(".")[2] not in _HEADS]
-    elif isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise UsageError(
-                f"--target-modules '{wanted}' is no regular expression: {error}",
-                remedy=f"mend it, or give '{ALL_LINEAR}' or names out of {', '.join(sorted(leaves))}",
-            ) from error
-        chosen = [module for module in modules if pattern.fullmatch(module)]
-    else:
-        unknown = [word for word in wanted if not any(m == word or m.endswith(f".{word}") for m in modules)]
-        if unknown:
-            raise UsageError(f"no linear layer is called '{unknown[0]}'", remedy=did_you_mean(unknown[0], leaves))
-        chosen = [m for m in modules if any(m == word or m.endswith(f".{word}") for word in wanted)]
-    if not chosen:
+        raise UsageError(f"{method.name} has no start for a quantised base: {reason}", remedy="--method pissa")
+    if values and (alpha is not None or rslora):
         raise UsageError(
-            f"--target-modules {wanted} matches no linear layer",
-            remedy=f"'{ALL_LINEAR}', names out of {', '.join(sorted(leaves))}, or a regular expression for whole names",
+            f"{method.name} trains singular values, which no scaling multiplies",
+            remedy="leave out --alpha and --rslora",
         )
-    return {weights[module]: module for module in chosen}
+    if values and rank > MOST_VALUES:
+        raise UsageError(
+            f"rank {rank} of trained values: PEFT's form of them holds rank³ numbers a module",
+            remedy=f"--rank {MOST_VALUES} at most",
+        )
+
+
+def _calibration(method: Method, given: Calibration | None) -> Calibration | None:
+    """Return what the method needs; refuse what it does not, and what is not there."""
+    if not method.needs_calibration:
+        if given is not None:
+            raise UsageError(f"{method.name} looks at the weights alone", remedy="leave out --calibration and --tokens")
+        return None
+    given = given or Calibration(None, DEFAULT_TOKENS, DEFAULT_LENGTH)
+    if given.length < 1 or given.tokens < given.length:
+        raise UsageError(
+            f"{given.tokens} tokens in windows of {given.length}", remedy="give --tokens for one window at least"
+        )
+    if given.place is not None and not Path(given.place).exists():
+        raise InputError("no such calibration file", file=given.place, remedy="check the path")
+    return given
 
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
@@ -221,7 +329,7 @@ def _check_ranks(plan: InitPlan) -> None:
                     f"{tensor.dtype} weights are not decomposed", file=tensor.file, tensor=name,
                     remedy="give the unquantised checkpoint",
                 )  # fmt: skip
-        if plan.rank > min(tensor.shape):
+        if plan.energy is None and plan.rank > min(tensor.shape):
             raise UsageError(
                 f"rank {plan.rank} is larger than the matrix ({' × '.join(map(str, tensor.shape))})",
                 tensor=name,
@@ -244,23 +352,3 @@ def _check_pair(model: Checkpoint, base: Checkpoint, targets: Collection[str]) -
     left = len(model.tensors) - len(targets)
     one = "1 other tensor is" if left == 1 else f"{left} other tensors are"
     return [f"{one} not compared: what the fine-tune changed there is not in the adapter"] if left else []
-
-
-def _layout(plan: InitPlan) -> Layout:
-    factors = []
-    for name in plan.targets:
-        key_a, key_b = plan.keys(name)
-        out_features, in_features = plan.linear_shape(name)
-        dtype = plan.settings.dtype or plan.model.tensors[name].dtype
-        factors += [
-            TensorSpec(key_a, dtype, (plan.rank, in_features)),
-            TensorSpec(key_b, dtype, (out_features, plan.rank)),
-        ]
-    adapter = Layout.plan(factors, plan.settings.shard_bytes, single_file=ADAPTER_FILE)
-    if plan.base is not None:
-        return adapter
-    whole = [
-        TensorSpec(t.name, plan.settings.dtype or t.dtype if DTYPES[t.dtype].floating else t.dtype, t.shape)
-        for t in sorted(plan.model.tensors.values(), key=lambda t: natural_key(t.name))
-    ]
-    return Layout.of_folders({ADAPTER: adapter, RESIDUAL: Layout.plan(whole, plan.settings.shard_bytes)})

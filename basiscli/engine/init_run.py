@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
-from basiscli.checkpoints.writer import PartialOutput
+from basiscli.checkpoints.header import TensorSpec, commonest_dtype
+from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.tinylora import selectors
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.engine.copying import copy_tensor
-from basiscli.engine.init_plan import InitPlan
-from basiscli.engine.local import Progress, Task, run_tasks
+from basiscli.engine.init_plan import NF4_ROUNDS, InitPlan
+from basiscli.engine.layerwise import LayerwiseModel
+from basiscli.engine.local import Progress, Silent, Task, run_tasks
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import BasisError, InputError, ResourceError
-from basiscli.linalg.svd import SVD
+from basiscli.linalg.nf4 import nf4_rounded, quantised_start
+from basiscli.linalg.svd import SVD, captured
 from basiscli.names import seed_for
+from basiscli.runtime.load import load_tokenizer
+from basiscli.transforms import DataInit, InputMoments
+
+_COPY_WORKSPACE = 1 << 25
 
 
 @dataclass
@@ -28,41 +42,156 @@ class InitRun:
     output: PartialOutput
     progress: Progress
     device: torch.device
+    windows: Windows | None = None
+    """The calibration text, once it is read."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Of every weight, once they are known; 0 for one without factors."""
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Do what the journal does not have; return the journal, one entry a weight.
 
         Raises:
-            InputError: a NaN or Inf, a file that changed while it was read.
+            InputError: a NaN or Inf, a file that changed while it was read, calibration that cannot be used.
             ResourceError: memory or disk ran out.
         """
-        plan, tensors = self.plan, self.plan.model.tensors
-        for name, entry in list(self.output.finished.items()):  # what did not reach the disk is done again
-            if any(self.output.digest_on_disk(key) != sha for key, sha in entry["digests"].items()):
-                del self.output.finished[name]
-        work = [(name, plan.workspace(name), self._factorise) for name in plan.targets]
-        work += [(name, 1 << 25, self._copy) for name in plan.copied]
-        tasks = [
-            Task(name, tensors[name].nbytes, space, lambda name=name, do=do: do(name))  # type: ignore[misc]
-            for name, space, do in work
-            if name not in self.output.finished
-        ]
+        plan = self.plan
         try:
-            run_tasks(
-                tasks, self.output.record, workers=plan.settings.workers, progress=self.progress, what=plan.method.name
-            )
-        except (torch.OutOfMemoryError, MemoryError) as error:
+            if plan.method.shares_ranks:
+                self._from_data()
+            elif plan.energy is not None:
+                self._by_energy()
+            else:
+                self.ranks = dict.fromkeys(plan.targets, plan.rank)
+                self._drop_unwritten()
+                if plan.calibration is not None:
+                    self._layer_by_layer()
+                self._do(self._tasks([] if plan.calibration else plan.targets, self._decompose) + self._copies())
+        except (RuntimeError, MemoryError) as error:
+            # The CPU's allocator raises a plain RuntimeError.
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise
             raise ResourceError(
                 "out of memory",
                 remedy="fewer --workers, or --device cpu; the same command goes on where this one stopped",
             ) from error
         return self.output.finished
 
-    def _copy(self, name: str) -> dict[str, Any]:
-        allow = self.plan.settings.allow_nonfinite
-        return {"digests": {name: copy_tensor(self.plan.model, self.output, name, allow_nonfinite=allow)}}
+    # Ways through the weights -----------------------------------------------------------------------------------------
 
-    def _factorise(self, name: str) -> dict[str, Any]:
+    def _layer_by_layer(self) -> None:
+        """Decompose each weight while the moments of its inputs are there."""
+        left = set(self.plan.targets) - set(self.output.finished)
+        if not left:
+            self.windows = self._read_windows()  # the report tells of them
+            return
+        reached = set()
+        for moments in self._moments():
+            found = [name for name, module in self.plan.targets.items() if module in moments]
+            reached |= {*found}
+            inputs = {name: moments[self.plan.targets[name]] for name in found}
+            tasks = self._tasks([n for n in found if n in left], lambda n, inputs=inputs: self._decompose(n, inputs[n]))  # type: ignore[misc]
+            run_tasks(tasks, self.output.record, workers=self._workers, progress=Silent(), what="")
+        for name in self.plan.targets:
+            if name not in reached:
+                raise InputError(
+                    "no calibration token reaches this layer",
+                    tensor=name,
+                    remedy="leave it out with --target-modules",
+                )
+
+    def _by_energy(self) -> None:
+        """Decompose all weights into scratch files, then write the adapter, whose shapes are known only then."""
+        for name, entry in list(self.output.finished.items()):  # what did not reach the disk is done again
+            if entry["rank"] and self._scratch_digest(name) != entry["scratch"]:
+                del self.output.finished[name]
+        self._do(self._tasks(self.plan.targets, self._cut))
+        self.ranks = {name: self.output.finished[name]["rank"] for name in self.plan.targets}
+        if not any(self.ranks.values()):
+            raise InputError(
+                "the model does not differ from its base",
+                file=self.plan.model.source.path,
+                remedy="check that these are the two models you mean",
+            )
+        self.output.allocate(self.plan.layout_of(self.ranks))
+        for name, rank in self.ranks.items():
+            if rank:
+                with closing(Checkpoint.open(Source("factors", self._scratch(name)))) as stored:
+                    a, b = stored.read("a"), stored.read("b")
+                    self.output.record(name, self.output.finished[name] | self._write_factors(name, b, a))
+
+    def _from_data(self) -> None:
+        """Collect directions of every target's inputs, share out the ranks, and write A with B = 0."""
+        plan = self.plan
+        method: DataInit = plan.method.implementation(plan.values)
+        offers: dict[str, tuple[Tensor, Tensor]] = {}
+        for moments in self._moments():
+            shared: dict[int, tuple[Tensor, Tensor]] = {}
+            for name, module in plan.targets.items():
+                if module in moments:
+                    found = moments[module]
+                    if id(found) not in shared:
+                        shared[id(found)] = self._directions(name, method, found)
+                    offers[name] = shared[id(found)]
+        self.ranks = shared_ranks({n: offers[n][1] if n in offers else torch.zeros(0) for n in plan.targets}, plan.rank)
+        self.output.allocate(plan.layout_of(self.ranks))
+        for name, rank in self.ranks.items():
+            entry: dict[str, Any] = {"rank": rank, "energy": 0.0, "digests": {}}
+            if rank:
+                rows, scores = offers[name]
+                b = torch.zeros(plan.linear_shape(name)[0], rank)
+                entry |= {"energy": float(scores[:rank].sum()), **self._write_factors(name, b, rows[:rank])}
+            self.output.record(name, entry)
+        unreached = [name for name in plan.targets if name not in offers]
+        if unreached:
+            plan.notes.append(f"{len(unreached)} modules get no input and no factors, such as {unreached[0]}")
+
+    def _directions(self, name: str, method: DataInit, inputs: InputMoments) -> tuple[Tensor, Tensor]:
+        plan = self.plan
+        wanted = min(method.offered(plan.rank), plan.linear_shape(name)[1])
+        if inputs.count <= wanted:
+            raise InputError(
+                f"{inputs.count} calibration tokens reach this layer, too few for {wanted} directions",
+                file=plan.calibration.place if plan.calibration else None,
+                tensor=name,
+                remedy="give more text with --calibration, more --tokens, or a smaller --rank",
+            )
+        rows, scores = method.directions(inputs, wanted, SVD(plan.exact, seed_for(plan.settings.seed, name)))
+        if (
+            rows.shape != (wanted, plan.linear_shape(name)[1])
+            or len(scores) != wanted
+            or not (is_finite(rows) and is_finite(scores))
+        ):
+            raise BasisError(
+                f"{plan.method.name} made directions of {list(rows.shape)} with {len(scores)} scores, or NaN",
+                tensor=name,
+                remedy="`directions` returns A [count, in] and scores [count]; report this to the method's author",
+            )
+        return rows.cpu(), scores.cpu()
+
+    def _moments(self) -> Iterator[dict[str, InputMoments]]:
+        """Run the calibration text through the model; see `LayerwiseModel.moments`."""
+        plan = self.plan
+        self.windows = self._read_windows()
+        dtype = (
+            torch.float32 if self.device.type == "cpu" else torch_dtype(commonest_dtype(plan.model.tensors.values()))
+        )
+        model = LayerwiseModel(plan.model, list(plan.targets.values()), self.windows, self.device, dtype)
+        return model.moments(self.progress)
+
+    def _read_windows(self) -> Windows:
+        given, model = self.plan.calibration, self.plan.model
+        assert given is not None
+        config = model.config
+        vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 1 << 62
+        folder = model.source.folder
+        windows = read_windows(given.place, lambda: load_tokenizer(folder), given.length, vocabulary)
+        count = min(len(windows), max(1, given.tokens // windows.ids.shape[1]))
+        # Spread over the text, which may change its subject from beginning to end.
+        return windows.select(torch.arange(count) * len(windows) // count)
+
+    # One weight -------------------------------------------------------------------------------------------------------
+
+    def _decompose(self, name: str, inputs: InputMoments | None = None) -> dict[str, Any]:
         """Write the factors of one weight, and the weight without them.
 
         The residual is taken from the factors as they are stored, so that their rounding is in it and the sum is the
@@ -70,34 +199,88 @@ class InitRun:
         """
         plan = self.plan
         weight, read = self._weight(name)
+        if plan.quantize:
+            parts: Sequence[Tensor] = quantised_start(weight, lambda m: self._pair(name, m, inputs), rounds=NF4_ROUNDS)
+        else:
+            parts = self._parts(name, weight, inputs)
+        factors = self._stored_factors(name, *parts)
+        product = plan.scaling(plan.rank) * _multiplied(factors)
+        rest = weight - product
+        entry = self._facts(weight, rest, read) | {"rank": plan.rank, **self._write_stored(name, factors)}
+        if plan.has_residual:
+            stored = self._stored(name, rest.mT.contiguous() if plan.transposed else rest)
+            entry["digests"][name] = digest([self.output.write(name, stored)])
+            # Linear layers compute with [out, in], and quantise it row by row; a 4-bit load turns GPT-2's Conv1D first.
+            base = stored.mT.contiguous() if plan.transposed else stored
+            entry["error"] = float((base.to(weight) + product - weight).norm() / weight.norm().clamp_min(1e-30))
+            if plan.quantize:
+                entry |= _nf4_errors(weight, base, product)
+        return entry
+
+    def _pair(self, name: str, matrix: Tensor, inputs: InputMoments | None) -> tuple[Tensor, Tensor]:
+        b, a = self._parts(name, matrix, inputs)
+        return b, a
+
+    def _parts(self, name: str, matrix: Tensor, inputs: InputMoments | None) -> tuple[Tensor, ...]:
+        """Return what the method makes of a matrix [out, in]: (B, A), or (B, σ, A) where it trains values."""
+        plan, rank = self.plan, self.plan.rank
         space = SVD(plan.exact, seed_for(plan.settings.seed, name))
-        b, a = plan.method.call(plan.values, {"weight": weight, "rank": plan.rank, "svd": space})
-        fit = b.shape == (weight.shape[0], plan.rank) and a.shape == (plan.rank, weight.shape[1])
-        if not (fit and is_finite(b) and is_finite(a)):
-            what = f"factors of {list(b.shape)} and {list(a.shape)}" if not fit else "factors with NaN or Inf"
+        available = {"weight": matrix, "rank": rank, "svd": space, "inputs": inputs}
+        parts = tuple(plan.method.call(plan.values, available))
+        shapes = [(matrix.shape[0], rank), *([(rank,)] if plan.trains_values else []), (rank, matrix.shape[1])]
+        fit = [part.shape for part in parts] == shapes
+        if not (fit and all(is_finite(part) for part in parts)):
+            found = " and ".join(str(list(part.shape)) for part in parts)
+            what = f"factors of {found}" if not fit else "factors with NaN or Inf"
+            wanted = "B [out, rank], σ [rank]" if plan.trains_values else "B [out, rank]"
             raise BasisError(
                 f"{plan.method.name} made {what}",
                 tensor=name,
-                remedy="an init method returns B [out, rank] and A [rank, in]; report this to its author",
+                remedy=f"an init method returns {wanted} and A [rank, in]; report this to its author",
             )
-        key_a, key_b = plan.keys(name)
-        root = plan.scaling**0.5
-        stored_a, stored_b = self._stored(key_a, a / root), self._stored(key_b, b / root)
-        product = plan.scaling * (stored_b.float().to(weight) @ stored_a.float().to(weight))
-        total = float(weight.square().sum(dtype=torch.float64))
-        rest = weight - product
-        entry: dict[str, Any] = {
-            "norm": total**0.5,
-            "energy": 1 - float(rest.square().sum(dtype=torch.float64)) / total if total else 1.0,
-            "inputs": read,
+        return parts
+
+    def _cut(self, name: str) -> dict[str, Any]:
+        """Keep of one difference what holds the energy that is wanted, in a scratch file."""
+        plan = self.plan
+        assert plan.energy is not None
+        weight, read = self._weight(name)
+        u, s, vh = captured(weight, plan.energy, plan.rank, SVD(plan.exact, seed_for(plan.settings.seed, name)))
+        rest = weight - (u * s) @ vh
+        root = s.sqrt()
+        parts = [root[:, None] * vh, u * root]
+        specs = [TensorSpec(key, "F32", tuple(part.shape)) for key, part in zip("ab", parts, strict=True)]
+        if len(s):
+            write_file(self._scratch(name), specs, parts)
+        return self._facts(weight, rest, read) | {
+            "rank": len(s),
+            "digests": {},
+            "scratch": digest(map(raw_bytes, parts)),
         }
-        digests = {key: digest([self.output.write(key, part)]) for key, part in ((key_a, stored_a), (key_b, stored_b))}
-        if plan.base is None:
-            stored = self._stored(name, rest.mT.contiguous() if plan.transposed else rest)
-            digests[name] = digest([self.output.write(name, stored)])
-            back = stored.to(weight).mT if plan.transposed else stored.to(weight)
-            entry["error"] = float((back + product - weight).norm() / weight.norm().clamp_min(1e-30))
-        return entry | {"digests": digests}
+
+    def _facts(self, weight: Tensor, rest: Tensor, read: Mapping[str, str]) -> dict[str, Any]:
+        total = float(weight.square().sum(dtype=torch.float64))
+        left = float(rest.square().sum(dtype=torch.float64))
+        return {"norm": total**0.5, "energy": 1 - left / total if total else 1.0, "inputs": read}
+
+    def _write_factors(self, name: str, b: Tensor, a: Tensor) -> dict[str, Any]:
+        return self._write_stored(name, self._stored_factors(name, b, a))
+
+    def _stored_factors(self, name: str, b: Tensor, *rest: Tensor) -> list[Tensor]:
+        """Return what the adapter holds for a method's (B, A) or (B, σ, A), as `InitPlan.factors` lists it.
+
+        A and B times the scaling are b @ a; A alone keeps its size where B is zero. All in the storage dtype.
+        """
+        *values, a = rest
+        root = 1.0 if self.plan.method.shares_ranks else self.plan.scaling(len(a)) ** 0.5
+        key_a, key_b, *others = (spec.name for spec in self.plan.factors(name, len(a)))
+        stored = [self._stored(key_a, a / root), self._stored(key_b, b / root)]
+        return [*stored, selectors(len(a)), self._stored(others[1], values[0])] if values else stored
+
+    def _write_stored(self, name: str, factors: Sequence[Tensor]) -> dict[str, Any]:
+        specs = self.plan.factors(name, len(factors[0]))
+        digests = {s.name: digest([self.output.write(s.name, x)]) for s, x in zip(specs, factors, strict=True)}
+        return {"digests": digests}
 
     def _weight(self, name: str) -> tuple[Tensor, dict[str, str]]:
         """Return the matrix to decompose, float32 [out, in] on the device, and digests of what was read."""
@@ -119,8 +302,83 @@ class InitRun:
 
     def _stored(self, name: str, values: Tensor) -> Tensor:
         """Round to the storage dtype and check."""
-        dtype = self.plan.layout.tensors[name].dtype
+        dtype = self.output.layout.tensors[name].dtype
         stored = values.to(torch_dtype(dtype)).contiguous()
         if not is_finite(stored):
             raise InputError(f"the values do not fit {dtype}", tensor=name, remedy="a wider --dtype (bf16 or f32)")
         return stored
+
+    # Tasks ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _workers(self) -> int:
+        return self.plan.settings.workers
+
+    def _do(self, tasks: Sequence[Task]) -> None:
+        run_tasks(tasks, self.output.record, workers=self._workers, progress=self.progress, what=self.plan.method.name)
+
+    def _tasks(self, names: Sequence[str] | Mapping[str, str], do: Callable[[str], dict[str, Any]]) -> list[Task]:
+        tensors = self.plan.model.tensors
+        return [
+            Task(name, tensors[name].nbytes, self.plan.workspace(name), lambda name=name: do(name))  # type: ignore[misc]
+            for name in names
+            if name not in self.output.finished
+        ]
+
+    def _copies(self) -> list[Task]:
+        return [
+            Task(name, self.plan.model.tensors[name].nbytes, _COPY_WORKSPACE, lambda name=name: self._copy(name))  # type: ignore[misc]
+            for name in self.plan.copied
+            if name not in self.output.finished
+        ]
+
+    def _copy(self, name: str) -> dict[str, Any]:
+        allow = self.plan.settings.allow_nonfinite
+        return {"digests": {name: copy_tensor(self.plan.model, self.output, name, allow_nonfinite=allow)}}
+
+    def _drop_unwritten(self) -> None:
+        """Forget what the journal says is finished and the disk does not have: it is done again."""
+        for name, entry in list(self.output.finished.items()):
+            if any(self.output.digest_on_disk(key) != sha for key, sha in entry["digests"].items()):
+                del self.output.finished[name]
+
+    def _scratch(self, name: str) -> Path:
+        return self.output.scratch / f"{list(self.plan.targets).index(name)}.safetensors"
+
+    def _scratch_digest(self, name: str) -> str:
+        try:
+            with closing(Checkpoint.open(Source("factors", self._scratch(name)))) as stored:
+                return digest(raw_bytes(stored.read(key)) for key in "ab")
+        except BasisError:
+            return ""
+
+
+def _multiplied(factors: Sequence[Tensor]) -> Tensor:
+    """Return B A, or B diag(σ) A, in float32, of factors as `_stored_factors` returns them."""
+    a, b, *values = (factor.float() for factor in factors if factor.dim() < 3)
+    return (b * values[0] if values else b) @ a
+
+
+def _nf4_errors(weight: Tensor, base: Tensor, product: Tensor) -> dict[str, float]:
+    """Return the Frobenius norms of what NF4 takes from the base with its adapter, and from the weight itself (QLoRA).
+
+    Both are rounded as they are stored: what a 4-bit load computes with.
+    """
+    return {
+        "nf4_error": float((nf4_rounded(base).to(weight) + product - weight).norm()),
+        "nf4_error_qlora": float((nf4_rounded(weight.to(base)).to(weight) - weight).norm()),
+    }
+
+
+def shared_ranks(scores: Mapping[str, Tensor], rank: int) -> dict[str, int]:
+    """Return how many of its scores each name has among the best rank · names of all.
+
+    Equal scores go to the earlier name: modules that read the same input come out with equal ranks, up to one.
+    """
+    budget = rank * len(scores)
+    order = [(-float(score), place, name) for name, own in scores.items() for place, score in enumerate(own.tolist())]
+    order.sort(key=lambda entry: entry[:2])  # stable: names in their order
+    ranks = dict.fromkeys(scores, 0)
+    for _, _, name in order[:budget]:
+        ranks[name] += 1
+    return ranks

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 3e-3
+MOMENT_TOLERANCE = 1e-7  # errors of eigenvectors and values are its square, relative to their distances
+_FIRST_CAPTURED = 32
+_SMALL_MOMENT = 1024  # up to here the whole decomposition costs less than a second
 _MOST_COLUMNS = 0.5  # of the smaller side: beyond it the exact decomposition is cheaper
 _REFINEMENTS = 2  # block steps between two looks at the residual
 
@@ -22,6 +25,21 @@ class SVD:
     def top(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return U [m, r], σ [r] and Vᵀ [r, n] of the r largest singular values of a float32 matrix [m, n]."""
         return exact_svd(weight, rank) if self.exact else fast_svd(weight, rank, seed=self.seed)
+
+    def axes(self, moment: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first eigenvectors, as rows [count, n], and eigenvalues [count] of a float64 moment [n, n].
+
+        An entry of each vector decides its sign: the largest is positive. Fast means right to 1e-7, measured.
+        """
+        if self.exact or len(moment) <= _SMALL_MOMENT:
+            values, vectors = torch.linalg.eigh(moment)
+            values, rows = values[-count:].flip(0), vectors[:, -count:].flip(-1).mT
+        else:
+            # U's columns are orthonormal even where the moment has fewer directions than are asked for; V's are not.
+            columns, values, _ = fast_svd(moment, count, seed=self.seed, tolerance=MOMENT_TOLERANCE)
+            rows = columns.mT
+        largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
+        return rows * largest.sign(), values.clamp_min(0)
 
     def bottom(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same of the r smallest singular values; always exact."""
@@ -40,7 +58,7 @@ def exact_svd(weight: Tensor, rank: int, *, largest: bool = True) -> tuple[Tenso
         largest: whether the largest or the smallest singular values are wanted.
 
     Returns:
-        U [m, r], σ [r] in falling order, Vᵀ [r, n], float32.
+        U [m, r], σ [r] in falling order, Vᵀ [r, n], in the weight's dtype.
     """
     if weight.shape[0] < weight.shape[1]:
         u, s, vh = exact_svd(weight.mT, rank, largest=largest)
@@ -51,7 +69,7 @@ def exact_svd(weight: Tensor, rank: int, *, largest: bool = True) -> tuple[Tenso
     projected = wide @ v
     s = projected.norm(dim=0)
     u = projected / s.clamp_min(torch.finfo(torch.float64).tiny)
-    return u.float(), s.float(), v.mT.float().contiguous()
+    return u.to(weight), s.to(weight), v.mT.to(weight).contiguous()
 
 
 def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,13 +81,13 @@ def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERAN
     decomposed exactly.
 
     Args:
-        weight: [m, n] float32.
+        weight: [m, n], float32 or float64.
         rank: r.
         seed: of the start, which is drawn on the CPU and the same everywhere.
         tolerance: of `subspace_residual`.
 
     Returns:
-        U [m, r], σ [r] in falling order, Vᵀ [r, n], float32.
+        U [m, r], σ [r] in falling order, Vᵀ [r, n], in the weight's dtype.
     """
     if weight.shape[0] > weight.shape[1]:
         u, s, vh = fast_svd(weight.mT, rank, seed=seed, tolerance=tolerance)
@@ -79,31 +97,30 @@ def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERAN
     block = rank + min(rank, 8)
     if 3 * block > most:
         return exact_svd(weight, rank)
-    start = torch.randn(weight.shape[1], block, generator=generator).to(weight)
-    basis = torch.linalg.qr(weight @ start)[0]
-    last = basis
-    while basis.shape[1] + _REFINEMENTS * block <= most:
+    start = torch.randn(weight.shape[1], block, generator=generator, dtype=weight.dtype).to(weight)
+    left = torch.linalg.qr(weight @ start)[0]
+    right = weight.mT @ left
+    while left.shape[1] + _REFINEMENTS * block <= most:
         for _ in range(_REFINEMENTS):
-            new = weight @ (weight.mT @ last)
+            new = weight @ right[:, -block:]
             for _ in range(2):  # once leaves what float32 rounds, all there is where the rank is exhausted
-                new = torch.linalg.qr(new - basis @ (basis.mT @ new))[0]
-            last = new
-            basis = torch.cat([basis, last], 1)
-        found = _best_within(basis, weight, rank)
+                new = torch.linalg.qr(new - left @ (left.mT @ new))[0]
+            left, right = torch.cat([left, new], 1), torch.cat([right, weight.mT @ new], 1)
+        found = _best_within(left, right, rank)
         if subspace_residual(weight, *found) <= tolerance:
             return found
     return exact_svd(weight, rank)
 
 
-def _best_within(basis: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading singular vectors of W restricted to a subspace [m, k] (Rayleigh-Ritz)."""
-    small = (basis.mT @ weight).double()
+def _best_within(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular vectors of W within the span of an orthonormal Q [m, k], given Wᵀ Q."""
+    small = right.mT.double()
     _, vectors = torch.linalg.eigh(small @ small.mT)
-    left = vectors[:, -rank:].flip(-1)
-    projected = left.mT @ small
+    within = vectors[:, -rank:].flip(-1)
+    projected = within.mT @ small
     s = projected.norm(dim=1)
     vh = projected / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    return basis @ left.float(), s.float(), vh.float()
+    return left @ within.to(left), s.to(left), vh.to(left)
 
 
 def subspace_residual(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
@@ -113,3 +130,29 @@ def subspace_residual(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float
     right = (weight.mT @ u - vh.mT * s).norm(dim=0).max()
     left = (weight @ vh.mT - u * s).norm(dim=0).max()
     return float(torch.maximum(left, right) / s.max())
+
+
+def captured(weight: Tensor, energy: float, most: int, svd: SVD) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the fewest leading singular vectors that hold a share of ‖W‖²; none of a zero matrix.
+
+    Args:
+        weight: [m, n] float32.
+        energy: the share, at most 1.
+        most: not more than so many, even if they hold less.
+        svd: how to decompose; the number is doubled until it is enough.
+
+    Returns:
+        U [m, r], σ [r] in falling order, Vᵀ [r, n].
+    """
+    total = float(weight.square().sum(dtype=torch.float64))
+    most = min(most, *weight.shape)
+    rank = min(most, _FIRST_CAPTURED)
+    while True:
+        u, s, vh = svd.top(weight, rank)
+        held = s.double().square().cumsum(0)
+        # Rounding of a sum of squares: a share of 1 shall not ask for directions of noise below it.
+        enough = int((held < (energy - 1e-6) * total).sum()) + 1 if total else 0
+        if enough <= rank or rank == most:
+            kept = min(enough, rank)
+            return u[:, :kept], s[:kept], vh[:kept]
+        rank = min(most, 2 * rank)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 
 from basiscli.calibration.tokens import BUILT_IN, Windows, read_windows
 from basiscli.errors import InputError
@@ -53,6 +55,17 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def framing_tokenizer(single: str, **special: str) -> Any:
+    """Return a tokenizer that puts special tokens around every text, as Llama's and BERT's do."""
+    added = ["<s>", "[CLS]", "[SEP]", "</s>"]
+    tok = deepcopy(byte_tokenizer())
+    tok.add_special_tokens({**special, "additional_special_tokens": added})
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[(token, tok.convert_tokens_to_ids(token)) for token in added]
+    )
+    return tok
+
+
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
@@ -67,6 +80,32 @@ def test_text_is_cut_into_windows_and_labels_are_the_next_tokens(tmp_path: Path)
     assert found.attention_mask is None
     assert set(found.inputs) == {"input_ids"}
     assert (found.name, found.tokens, len(found)) == ("a.txt", 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("single", "special", "before", "after"),
+    [
+        ("<s> $A", {"bos_token": "<s>"}, ["<s>"], []),
+        ("[CLS] $A [SEP]", {"cls_token": "[CLS]", "sep_token": "[SEP]"}, ["[CLS]"], ["[SEP]"]),
+        ("$A </s>", {"eos_token": "</s>"}, [], []),  # ends a text, and a window is in the middle of one
+    ],
+    ids=["bos", "encoder", "eos"],
+)
+def test_every_window_begins_and_ends_as_the_model_expects(
+    tmp_path: Path, single: str, special: dict[str, str], before: list[str], after: list[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog, twice.")
+    tok = framing_tokenizer(single, **special)
+    found = read_windows(tmp_path / "a.txt", lambda: tok, LENGTH, len(tok))
+    first, last = (tok.convert_tokens_to_ids(part) for part in (before, after))
+    inner = LENGTH - len(first) - len(last)
+    for row in found.ids.tolist():
+        assert row[: len(first)] == first
+        assert row[LENGTH - len(last) :] == last
+    text = found.ids[:, len(first) : LENGTH - len(last)].flatten().tolist()
+    expected = byte_tokenizer()((tmp_path / "a.txt").read_text(), verbose=False)["input_ids"]
+    assert text[: len(expected)] == expected[: len(text)]
+    assert len(found) == (len(expected) + (0 if last else 1)) // inner
 
 
 def test_every_text_of_jsonl_ends_with_the_end_token(tmp_path: Path) -> None:

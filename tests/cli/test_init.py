@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import Result
 
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL
+from tests import kv_models
 from tests.conftest import Tensors, basis_process, make_tensors, read_checkpoint, snapshot, write_checkpoint
 from tests.init_models import (
     Interrupts,
@@ -180,6 +182,357 @@ def test_the_extracted_adapter_merges_back(tuned: Path, tmp_path: Path) -> None:
     expected = read_checkpoint(tuned / "tuned")
     for name, tensor in read_checkpoint(merged.path).items():
         assert off(tensor, expected[name]) < 1e-6
+
+
+# As many ranks as hold a share ----------------------------------------------------------------------------------------
+
+UNCHANGED = "model.layers.1.self_attn.k_proj"
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `base`, and `tuned`, whose layers differ from it more or less evenly, but for one."""
+    home = tmp_path_factory.mktemp("uneven")
+    tune_unevenly(home, llama)
+    return home
+
+
+def tune_unevenly(home: Path, make: Make, dtype: torch.dtype = torch.float32) -> None:
+    save(make, home / "base", dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    changed = {}
+    for place, (name, tensor) in enumerate(sorted(read_checkpoint(home / "base").items())):
+        changed[name] = tensor
+        if tensor.dim() == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head", UNCHANGED)):
+            u, _, vh = torch.linalg.svd(torch.randn(tensor.shape, generator=generator), full_matrices=False)
+            values = torch.exp(-torch.arange(vh.shape[0]) / (1 + place % 7))
+            changed[name] = (tensor.float() + (u * values) @ vh).to(dtype)
+    write_checkpoint(home / "tuned", changed, json.loads((home / "base" / "config.json").read_text()))
+
+
+def differences(home: Path) -> Tensors:
+    """Return what the fine-tune added to each linear layer, float64 [out, in], by module."""
+    before, after = read_checkpoint(home / "base"), read_checkpoint(home / "tuned")
+    linear = [n for n, t in before.items() if t.dim() == 2 and ("proj" in n or "c_" in n)]
+    turned = {name: after[name].double() - before[name].double() for name in linear}
+    return {name.removesuffix(".weight"): x.mT if "c_" in name else x for name, x in turned.items()}
+
+
+def least_rank(difference: Tensor, energy: float) -> int:
+    """Return how many singular values hold a share, to the 1e-6 that is rounding."""
+    squares = torch.linalg.svdvals(difference).square()
+    return int((squares.cumsum(0) < (energy - 1e-6) * squares.sum()).sum()) + 1 if difference.any() else 0
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"rank": 3}, {"rank": 30, "workers": 1}], ids=str)
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])
+def test_each_module_gets_the_fewest_ranks_that_hold_the_share(
+    uneven: Path, tmp_path: Path, energy: float, options: dict[str, Any]
+) -> None:
+    result = basiscli.extract(uneven / "tuned", base=uneven / "base", energy=energy, output=tmp_path / "out", **options)
+    wanted = {m: min(least_rank(d, energy), options.get("rank", 99)) for m, d in differences(uneven).items()}
+    assert result.report.adapter is not None
+    assert {module: record.rank for module, record in result.report.adapter.modules.items()} == wanted
+    assert len(set(wanted.values())) > (1 if "rank" in options else 2)
+    stored = factors(result.path)
+    assert stored.keys() == wanted.keys() - {UNCHANGED}
+    for module, difference in differences(uneven).items():
+        record, rank = result.report.adapter.modules[module], wanted[module]
+        assert record.norm == pytest.approx(float(difference.norm()), rel=1e-5)
+        if module == UNCHANGED:
+            assert (rank, record.energy) == (0, 1.0)
+            continue
+        squares = torch.linalg.svdvals(difference).square()
+        assert record.energy == pytest.approx(float(squares[:rank].sum() / squares.sum()), abs=1e-5)
+        b, a = stored[module]
+        assert off((b @ a).double(), best(difference, rank)) < 1e-4
+        torch.testing.assert_close(b.mT @ b, a @ a.mT, rtol=1e-3, atol=1e-5)  # balanced
+    numbers = result.report.numbers
+    assert (numbers["rank_least"], numbers["rank_most"]) == (0, max(wanted.values()))
+    assert numbers["modules"] == len(stored)
+    assert "rank" in options or numbers["energy_least"] > energy - 1e-5
+    assert (result.path / "adapter_model.safetensors").stat().st_size == result.report.cost.written_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 5.0}, {"rslora": True}, {"alpha": 5.0, "rslora": True}], ids=str)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_with_peft_the_base_gets_the_truncated_differences(tmp_path: Path, make: Make, options: dict[str, Any]) -> None:
+    tune_unevenly(tmp_path, make)
+    result = basiscli.extract(
+        tmp_path / "tuned", base=tmp_path / "base", energy=0.9, output=tmp_path / "out", **options
+    )
+    config = json.loads((result.path / "adapter_config.json").read_text())
+    found, expected = differences(tmp_path), read_checkpoint(tmp_path / "base")
+    ranks = {module: least_rank(difference, 0.9) for module, difference in found.items()}
+    kept = {module: rank for module, rank in ranks.items() if rank}
+    most = max(kept.values())
+    assert (config["r"], config["lora_alpha"]) == (most, options.get("alpha", most))
+    assert set(config["target_modules"]) == kept.keys()
+    assert config["rank_pattern"] == {module: rank for module, rank in kept.items() if rank != most}
+    own = {} if "alpha" in options else {module: rank for module, rank in kept.items() if rank != most}
+    assert config["alpha_pattern"] == own
+    pair = with_peft(tmp_path / "base", result.path)
+    assert {n.rpartition(".lora_A")[0].removeprefix("base_model.model.") for n, _ in pair.named_parameters()
+            if "lora_A" in n} == kept.keys()  # fmt: skip
+    merged = pair.merge_and_unload().state_dict()
+    for module, difference in found.items():
+        name = f"{module}.weight"
+        update = best(difference, ranks[module])
+        wanted = expected[name] + (update.mT if make is gpt2 else update)
+        assert off(merged[name], wanted) < 1e-5, module
+    again = basiscli.merge([result.path], method="task_arithmetic", parameters={"lambda": 1}, output=tmp_path / "again")
+    for name, tensor in read_checkpoint(again.path).items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_narrow_fine_tune(tmp_path: Path, dtype: torch.dtype) -> None:
+    tune_unevenly(tmp_path, llama, dtype)
+    result = basiscli.extract(tmp_path / "tuned", base=tmp_path / "base", energy=0.95, output=tmp_path / "out")
+    for module, difference in differences(tmp_path).items():
+        if module == UNCHANGED:
+            continue
+        b, a = factors(result.path)[module]
+        assert (b.dtype, a.dtype) == (dtype, dtype)
+        assert len(a) == least_rank(difference, 0.95)
+        assert off(b.double() @ a.double(), best(difference, len(a))) < 2 * torch.finfo(dtype).eps
+
+
+def test_energy_gives_the_same_bytes_for_any_number_of_workers(uneven: Path, tmp_path: Path) -> None:
+    results = [
+        basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=tmp_path / f"{n}", workers=n)
+        for n in (1, 2, 5)
+    ]
+    assert shards_of(results[0].path) == shards_of(results[1].path) == shards_of(results[2].path)
+    assert len({result.report.weights_digest for result in results}) == 1
+    assert basiscli.verify(results[0].path).checked_digests
+    assert sorted(file.name for file in results[0].path.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "basis_report.json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [1, 7, 13])
+def test_interrupted_decompositions_are_taken_up_from_scratch_files(uneven: Path, tmp_path: Path, after: int) -> None:
+    def run(out: Path, **options: Any) -> basiscli.InitResult:
+        return basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=out, **options)
+
+    whole, before, out = run(tmp_path / "whole"), snapshot(uneven), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, workers=1, progress=Interrupts(after))
+    assert not out.exists()
+    assert (tmp_path / "out.partial" / JOURNAL).is_file()
+    again = run(out, workers=2)
+    assert again.report.cost.resumed_steps == after
+    assert shards_of(out) == shards_of(whole.path)
+    assert again.report.adapter == whole.report.adapter
+    assert not (tmp_path / "out.partial").exists()
+    assert not (out / "scratch").exists()
+    assert not list(out.rglob(JOURNAL))
+    assert snapshot(uneven) == before
+
+
+@pytest.mark.parametrize("written", [0, 1, 6, 12])
+def test_an_adapter_that_was_half_written_is_finished(
+    uneven: Path, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has decompositions and factors then."""
+    from basiscli.engine.init_run import InitRun
+
+    def run(out: Path) -> basiscli.InitResult:
+        return basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=out)
+
+    whole, write, left = run(tmp_path / "whole"), InitRun._write_factors, [written]
+
+    def dying(self: InitRun, *given: Any) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return write(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InitRun, "_write_factors", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    again = run(tmp_path / "out")
+    assert shards_of(again.path) == shards_of(whole.path)
+    assert again.report.adapter == whole.report.adapter
+    assert basiscli.verify(again.path).checked_digests
+
+
+def test_scratch_files_that_did_not_reach_the_disk_are_made_again(uneven: Path, tmp_path: Path) -> None:
+    def run(out: Path, **options: Any) -> basiscli.InitResult:
+        return basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=out, **options)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", workers=1, progress=Interrupts(9))
+    files = sorted((tmp_path / "out.partial" / "scratch").iterdir())
+    assert len(files) >= 8
+    files[0].write_bytes(bytes(files[0].stat().st_size))
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    files[2].write_bytes(files[2].read_bytes()[:-1] + b"\x55")
+    files[3].unlink()
+    again = run(tmp_path / "out")
+    assert shards_of(again.path) == shards_of(whole.path)
+    assert basiscli.verify(again.path).checked_digests
+
+
+def test_another_share_starts_anew(uneven: Path, tmp_path: Path) -> None:
+    for options in ({"energy": 0.5}, {"energy": 0.9, "rank": 2}, {"rank": 2}):
+        with pytest.raises(KeyboardInterrupt):
+            basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=tmp_path / "out", workers=1,
+                             progress=Interrupts(5))  # fmt: skip
+        result = basiscli.extract(uneven / "tuned", base=uneven / "base", output=tmp_path / "out", **options)
+        assert result.report.cost.resumed_steps == 0
+        fresh = basiscli.extract(uneven / "tuned", base=uneven / "base", output=tmp_path / "fresh", **options)
+        assert shards_of(result.path) == shards_of(fresh.path)
+        shutil.rmtree(result.path)
+        shutil.rmtree(fresh.path)
+
+
+def test_energy_at_the_command_line(uneven: Path, tmp_path: Path, basis: Basis) -> None:
+    words = ["extract", uneven / "tuned", "--base", uneven / "base", "--energy", "0.9", "-o", tmp_path / "out"]
+    plan = basis(*words, "--dry-run")
+    assert plan.exit_code == 0, plan.stderr
+    assert "14 modules of what rank 90% of the energy takes, 32 at most" in plan.stdout
+    document = json.loads(basis(*words, "-r", "6", "--dry-run", "--json").stdout)
+    assert (document["energy"], document["rank"], len(document["modules"])) == (0.9, 6, 14)
+    assert not (tmp_path / "out").exists()
+    done = basis(*words)
+    assert done.exit_code == 0, done.stderr
+    ranks = [least_rank(difference, 0.9) for difference in differences(uneven).values()]
+    assert f"13 modules of rank 0 to {max(ranks)}" in done.stderr
+    report = json.loads((tmp_path / "out" / "basis_report.json").read_text())
+    assert sorted(record["rank"] for record in report["adapter"]["modules"].values()) == sorted(ranks)
+    shown = json.loads(basis("inspect", tmp_path / "out", "--json").stdout)
+    assert shown["facts"]["modules"] == 13
+
+
+# From data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `model`, which runs and has a tokenizer, and `text.txt`."""
+    home = tmp_path_factory.mktemp("speaking")
+    kv_models.save_model(home / "model", kv_models.make_model())
+    (home / "text.txt").write_text(kv_models.make_text(2000))
+    return home
+
+
+def data_words(home: Path, out: Path, method: str = "eva") -> list[str | Path]:
+    some: list[str | Path] = ["--calibration", home / "text.txt", "--length", "32", "--tokens", "960"]
+    return ["init", home / "model", "-m", method, "-r", "4", *some, "-o", out]
+
+
+def test_eva_at_the_command_line(speaking: Path, tmp_path: Path, basis: Basis) -> None:
+    """Every option is what Python calls by the same name."""
+    text: Any = {"calibration": speaking / "text.txt", "length": 32, "tokens": 960, "rank": 4, "method": "eva"}
+    given: list[tuple[list[str], dict[str, Any]]] = [
+        ([], {}),
+        (["--rho", "1"], {"rho": 1.0}),
+        (["--whiten"], {"whiten": True}),
+        (["--no-center"], {"center": False}),
+        (["-p", "rho=1", "-p", "whiten=true", "--no-center"], {"rho": 1.0, "whiten": True, "center": False}),
+    ]
+    for number, (words, parameters) in enumerate(given):
+        out = tmp_path / f"{number}"
+        done = basis(*data_words(speaking, out), *words, "--json")
+        assert done.exit_code == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert document["method"]["parameters"] == {"rho": 2.0, "whiten": False, "center": True} | parameters
+        assert (document["adapter_folder"], document["residual_folder"]) == (str(out / "adapter"), None)
+        assert document["adapter"]["calibration"]["tokens"] == 960
+        same = basiscli.init(speaking / "model", parameters=parameters, output=tmp_path / f"same-{number}", **text)
+        assert shards_of(same.path) == shards_of(out)
+    assert len({(tmp_path / f"{n}" / "adapter" / "adapter_model.safetensors").read_bytes() for n in range(5)}) == 5
+
+
+def test_corda_at_the_command_line(speaking: Path, tmp_path: Path, basis: Basis) -> None:
+    for mode in ("instruction", "knowledge"):
+        words = [*data_words(speaking, tmp_path / mode, "corda"), "-p", f"mode={mode}", "-p", "damping=0.1"]
+        done = basis(*words, "--json")
+        assert done.exit_code == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert document["method"]["parameters"] == {"mode": mode, "damping": 0.1}
+        assert document["residual_folder"] == str(tmp_path / mode / "residual")
+        assert document["numbers"]["error_most"] < 1e-6
+        same = basiscli.init(
+            speaking / "model", method="corda", rank=4, parameters={"mode": mode, "damping": 0.1}, length=32,
+            tokens=960, calibration=speaking / "text.txt", output=tmp_path / f"same-{mode}",
+        )  # fmt: skip
+        assert shards_of(same.path) == shards_of(tmp_path / mode)
+
+
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_what_the_command_says_of_data(speaking: Path, tmp_path: Path, basis: Basis, method: str) -> None:
+    done = basis(*data_words(speaking, tmp_path / "out", method))
+    assert done.stdout == f"{tmp_path / 'out'}\n"
+    assert "21 modules of rank" in done.stderr
+    assert "on 960 tokens" in done.stderr
+    assert ("of the inputs’ variance" in done.stderr) == (method == "eva")
+    assert ("residual + adapter is the model to" in done.stderr) == (method == "corda")
+    quiet = basis(*data_words(speaking, tmp_path / "quiet", method), "--quiet")
+    assert (quiet.stdout, quiet.stderr) == (f"{tmp_path / 'quiet'}\n", "")
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_a_dry_run_of_data_writes_nothing_and_imports_no_torch(
+    speaking: Path, tmp_path: Path, method: str, json_too: bool
+) -> None:
+    words = [*map(str, data_words(speaking, tmp_path / "out", method)), "--dry-run", *(["--json"] if json_too else [])]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "imported: []" in done.stderr
+    assert not list(tmp_path.iterdir())
+    if not json_too:
+        assert f"21 modules of {'mean ' if method == 'eva' else ''}rank 4, scaling 1" in done.stdout
+        assert f"inputs of 960 tokens in windows of 32: {speaking / 'text.txt'}" in done.stdout
+        return
+    plan = json.loads(done.stdout)
+    assert (plan["method"], plan["rank"], len(plan["modules"])) == (method, 4, 21)
+    assert plan["calibration"] == {"place": str(speaking / "text.txt"), "tokens": 960, "length": 32}
+
+
+def test_the_text_that_is_read_without_asking(speaking: Path, tmp_path: Path, basis: Basis) -> None:
+    words = ["init", speaking / "model", "-m", "eva", "-r", "4", "-o", tmp_path / "out", "--dry-run", "--json"]
+    assert json.loads(basis(*words).stdout)["calibration"] == {"place": None, "tokens": 16384, "length": 512}
+    found = json.loads(basis(*words, "--tokens", "100").stdout)["calibration"]
+    assert (found["tokens"], found["length"]) == (100, 100)
+    assert json.loads(basis(*words, "--length", "64").stdout)["calibration"]["tokens"] == 16384
+    plain = json.loads(basis("init", speaking / "model", "-o", tmp_path / "out", "--dry-run", "--json").stdout)
+    assert plain["calibration"] is None
+
+
+def test_the_planned_size_of_corda_is_the_written_size(speaking: Path, tmp_path: Path, basis: Basis) -> None:
+    words = [*data_words(speaking, tmp_path / "out", "corda"), "--shard-size", "9kB", "--json"]
+    plan = json.loads(basis(*words, "--dry-run").stdout)
+    done = json.loads(basis(*words).stdout)
+    sizes = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
+    assert plan["write_bytes"] == sizes == done["cost"]["written_bytes"]
+
+
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_no_more_than_a_layer_is_in_memory(tmp_path: Path, method: str) -> None:
+    """Five times the layers take the same memory: what is freed goes back to the system here, and does not count."""
+    at_once: Any = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    peaks, sizes = {}, {}
+    for layers in (2, 10):
+        folder = tmp_path / str(layers)
+        model = kv_models.llama(num_hidden_layers=layers, hidden_size=256, intermediate_size=768)
+        save(lambda model=model: model, folder / "model", dtype=torch.bfloat16)
+        sizes[layers] = sum(parameter.numel() * 4 for parameter in model.parameters())
+        save_file({"input_ids": kv_models.some_ids(4, 32)}, folder / "tokens.safetensors")
+        done = basis_process(
+            "init", folder / "model", "-m", method, "-r", "4", "--calibration", folder / "tokens.safetensors",
+            "--length", "32", "--tokens", "128", "--workers", "1", "-o", folder / "out", "--json", **at_once,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks[layers] = json.loads(done.stdout)["cost"]["peak_memory_bytes"]
+        shutil.rmtree(folder)
+    assert peaks[10] - peaks[2] < (sizes[10] - sizes[2]) / 4
 
 
 # Interruptions --------------------------------------------------------------------------------------------------------

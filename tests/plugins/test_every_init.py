@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import basiscli
 from basiscli.registry import Registry
+from tests import kv_models
 from tests.conftest import Tensors, make_tensors, read_checkpoint, write_checkpoint
 from tests.init_models import (
     Make,
@@ -34,8 +35,17 @@ from tests.init_models import (
 )
 
 pytestmark = quiet_peft
+
+
+def leaves_lora(name: str) -> bool:
+    """Return whether a method takes a plain LoRA from the base; EVA, which does not, is in test_data_inits.py."""
+    method = Registry().find("init", name)
+    return not method.shares_ranks and method.trains == "factors"
+
+
 METHODS = Registry().names("init")
 everywhere = pytest.mark.parametrize("method", METHODS)
+with_residual = pytest.mark.parametrize("method", [name for name in METHODS if leaves_lora(name)])
 MODULES = {  # of `checkpoint`: rows, columns
     "model.layers.0.self_attn.q_proj": (24, 24),
     "model.layers.0.mlp.up_proj": (40, 24),
@@ -47,6 +57,39 @@ def checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
     """Write the shared tiny checkpoint without the matrix of no known name: transformers need not be asked."""
     tensors = {name: tensor for name, tensor in make_tensors(0, dtype).items() if "empty" not in name}
     return write_checkpoint(folder, tensors, **options)
+
+
+def model_for(
+    method: str, folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, changed: Tensors | None = None
+) -> Path:
+    """Write a model that a method can work on: one that runs, with a tokenizer, where it needs calibration."""
+    if not Registry().find("init", method).needs_calibration:
+        tensors, config = {n: t for n, t in make_tensors(0, dtype).items() if "empty" not in n}, None
+        return write_checkpoint(folder, tensors | (changed or {}), config, shards)
+    torch.manual_seed(0)
+    model = kv_models.llama(num_key_value_heads=4, num_hidden_layers=1).to(dtype)
+    config = model.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    write_checkpoint(folder, model.state_dict() | (changed or {}), config, shards)
+    kv_models.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def shapes_of(model: Path) -> dict[str, tuple[int, int]]:
+    """Return the linear layers, and their rows and columns."""
+    weights = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in read_checkpoint(model).items()}
+    return {module: (shape[0], shape[1]) for module, shape in weights.items() if module.endswith("_proj")}
+
+
+def run(method: str, model: Path, out: Path, **options: Any) -> basiscli.InitResult:
+    """Run a method, with a short text where it looks at one."""
+    if Registry().find("init", method).needs_calibration:
+        text = out.parent / "text.txt"
+        text.write_text(kv_models.make_text(900))
+        options |= {"calibration": text, "length": 32}
+    return basiscli.init(model, method=method, output=out, **options)
 
 
 def parts_of(result: basiscli.InitResult) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -64,7 +107,7 @@ def scaling(result: basiscli.InitResult) -> float:
 # Every method ---------------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@with_residual
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 3e-4), (torch.bfloat16, 1.8e-3)], ids=str
 )
@@ -73,14 +116,14 @@ def test_residual_and_adapter_are_the_weight(
     tmp_path: Path, method: str, dtype: torch.dtype, bound: float, options: dict[str, Any]
 ) -> None:
     """As stored: to one rounding of the residual, which takes up the rounding of the factors."""
-    model = checkpoint(tmp_path / "model", dtype)
-    result = basiscli.init(model, method=method, rank=4, output=tmp_path / "out", **options)
-    weights, parts = read_checkpoint(model), parts_of(result)
-    assert parts.keys() == MODULES.keys()
+    model = model_for(method, tmp_path / "model", dtype)
+    result = run(method, model, tmp_path / "out", rank=4, **options)
+    weights, parts, shapes = read_checkpoint(model), parts_of(result), shapes_of(model)
+    assert parts.keys() == shapes.keys()
     assert result.report.adapter is not None
     for module, (b, a, rest) in parts.items():
         assert {b.dtype, a.dtype, rest.dtype} == {dtype}
-        assert (b.shape, a.shape) == ((MODULES[module][0], 4), (4, MODULES[module][1]))
+        assert (b.shape, a.shape) == ((shapes[module][0], 4), (4, shapes[module][1]))
         weight = weights[f"{module}.weight"].double()
         total = rest.double() + scaling(result) * (b.double() @ a.double())
         assert off(total, weight) <= bound
@@ -93,31 +136,30 @@ def test_residual_and_adapter_are_the_weight(
         assert record.energy == pytest.approx(1 - float((weight - rank_4).norm() / weight.norm()) ** 2, abs=1e-4)
 
 
-@everywhere
+@with_residual
 def test_everything_else_is_copied(tmp_path: Path, method: str) -> None:
-    model = checkpoint(tmp_path / "model", shards=2)
-    result = basiscli.init(model, method=method, rank=4, output=tmp_path / "out")
+    model = model_for(method, tmp_path / "model", shards=2)
+    result = run(method, model, tmp_path / "out", rank=4)
     assert result.residual is not None
-    before, after = read_checkpoint(model), read_checkpoint(result.residual)
+    before, after, modules = read_checkpoint(model), read_checkpoint(result.residual), shapes_of(model)
     assert before.keys() == after.keys()
     for name, tensor in after.items():
-        assert torch.equal(tensor, before[name]) == (name.removesuffix(".weight") not in MODULES)
+        assert torch.equal(tensor, before[name]) == (name.removesuffix(".weight") not in modules)
     assert (result.residual / "tokenizer.json").is_file()
     assert json.loads((result.residual / "config.json").read_text()) == json.loads((model / "config.json").read_text())
     actions = {tensor.name: tensor.action for tensor in result.report.tensors}
-    assert {name for name, action in actions.items() if action == "residual"} == {f"{m}.weight" for m in MODULES}
+    assert {name for name, action in actions.items() if action == "residual"} == {f"{m}.weight" for m in modules}
 
 
-@everywhere
+@with_residual
 def test_same_bytes_for_any_number_of_workers_and_any_shards(tmp_path: Path, method: str) -> None:
-    save(llama, tmp_path / "model")
+    save(kv_models.llama, tmp_path / "model")
+    kv_models.byte_tokenizer().save_pretrained(tmp_path / "model")
     found: dict[tuple[int, str], Tensors] = {}
     digests = set()
     for workers, shard_size in ((1, "5GB"), (2, "5GB"), (4, "5GB"), (3, "9kB")):
         out = tmp_path / f"{workers}"
-        result = basiscli.init(
-            tmp_path / "model", method=method, rank=4, output=out, workers=workers, shard_size=shard_size
-        )
+        result = run(method, tmp_path / "model", out, rank=4, workers=workers, shard_size=shard_size)
         digests.add(result.report.weights_digest)
         found[workers, shard_size] = read_checkpoint(out / "residual") | read_checkpoint(out / "adapter")
     assert len(digests) == 1
@@ -133,10 +175,10 @@ def test_same_bytes_for_any_number_of_workers_and_any_shards(tmp_path: Path, met
     assert all(torch.equal(loaded[name], found[1, "5GB"][name]) for name in index["weight_map"])
 
 
-@everywhere
+@with_residual
 def test_the_whole_rank_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
-    model = checkpoint(tmp_path / "model")
-    result = basiscli.init(model, method=method, rank=24, output=tmp_path / "out")
+    model = model_for(method, tmp_path / "model")
+    result = run(method, model, tmp_path / "out", rank=min(min(shape) for shape in shapes_of(model).values()))
     weights = read_checkpoint(model)
     for module, (b, a, rest) in parts_of(result).items():
         assert off(b @ a, weights[f"{module}.weight"]) < 1e-5
@@ -144,20 +186,21 @@ def test_the_whole_rank_leaves_nothing_behind(tmp_path: Path, method: str) -> No
     assert result.report.numbers["energy_least"] > 1 - 1e-9
 
 
-@everywhere
+@with_residual
 def test_weights_without_singular_values_of_note(tmp_path: Path, method: str) -> None:
-    tensors = {f"{module}.weight": torch.zeros(shape) for module, shape in MODULES.items()}
+    shapes = shapes_of(model_for(method, tmp_path / "as-it-is"))
+    tensors = {f"{module}.weight": torch.zeros(shape) for module, shape in shapes.items()}
     tensors["model.layers.0.mlp.up_proj.weight"][:, 0] = 1  # of rank 1
-    result = basiscli.init(write_checkpoint(tmp_path / "model", tensors), method=method, rank=3, output=tmp_path / "o")
-    for module, (b, a, rest) in parts_of(result).items():
+    model = model_for(method, tmp_path / "model", changed=tensors)
+    for module, (b, a, rest) in parts_of(run(method, model, tmp_path / "out", rank=3)).items():
         assert (rest + b @ a - tensors[f"{module}.weight"]).norm() < 1e-5
         assert all(bool(torch.isfinite(t).all()) for t in (b, a, rest))
 
 
-@everywhere
+@with_residual
 def test_the_report_says_what_was_done(tmp_path: Path, method: str) -> None:
-    model = checkpoint(tmp_path / "model")
-    result = basiscli.init(model, method=method, rank=4, alpha=6, seed=7, exact=True, output=tmp_path / "out")
+    model = model_for(method, tmp_path / "model")
+    result = run(method, model, tmp_path / "out", rank=4, alpha=6, seed=7, exact=True)
     for folder in (tmp_path / "out", result.adapter, result.residual):
         assert folder is not None
         report = json.loads((folder / "basis_report.json").read_text())
@@ -165,13 +208,13 @@ def test_the_report_says_what_was_done(tmp_path: Path, method: str) -> None:
         assert report["method"]["source"] == Registry().find("init", method).source
         record = report["adapter"]
         assert (record["rank"], record["alpha"], record["rslora"], record["exact"]) == (4, 6.0, False, True)
-        assert record["modules"].keys() == MODULES.keys()
+        assert record["modules"].keys() == shapes_of(model).keys()
         assert [source["role"] for source in report["sources"]] == ["model"]
     names = [{tensor["name"] for tensor in json.loads((f / "basis_report.json").read_text())["tensors"]}
              for f in (tmp_path / "out", tmp_path / "out" / "adapter", tmp_path / "out" / "residual")]  # fmt: skip
     assert names[0] == names[1] | names[2]
     assert not names[1] & names[2]
-    count = sum(4 * (rows + columns) for rows, columns in MODULES.values())
+    count = sum(4 * (rows + columns) for rows, columns in shapes_of(model).values())
     assert result.report.numbers["adapter_parameters"] == count
 
 
@@ -191,10 +234,11 @@ def test_every_method_is_documented(method: str) -> None:
     assert all(f"`{name}`" in page for name in found.parameters.model_fields)
 
 
-@everywhere
+@with_residual
 def test_stock_peft_loads_and_trains_it(tmp_path: Path, method: str) -> None:
-    model = save(llama, tmp_path / "model")
-    result = basiscli.init(model, method=method, rank=4, output=tmp_path / "out")
+    model = save(kv_models.llama, tmp_path / "model", initializer_range=0.02)
+    kv_models.byte_tokenizer().save_pretrained(model)
+    result = run(method, model, tmp_path / "out", rank=4)
     check_pair(model, result)
     assert result.residual is not None
     pair = with_peft(result.residual, result.adapter, is_trainable=True).train()

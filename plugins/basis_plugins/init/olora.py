@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@transform("init", source="Büyükakyüz, 'OLoRA', arXiv 2406.01775")
+@transform("init", principal=True, source="Büyükakyüz, 'OLoRA', arXiv 2406.01775")
 def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """QR decomposition of the weight: B = Q_r, A = R_r, the first r columns and rows."""
     import torch

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from basiscli.linalg.svd import SVD
 
 
-@transform("init", source="Meng et al., 'PiSSA', arXiv 2404.02948")
+@transform("init", principal=True, source="Meng et al., 'PiSSA', arXiv 2404.02948")
 def pissa(weight: Tensor, rank: int, svd: SVD) -> tuple[Tensor, Tensor]:
     """Principal singular values and vectors: B = U_r √Σ_r, A = √Σ_r V_rᵀ.
 
