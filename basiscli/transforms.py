@@ -233,7 +233,7 @@ class InputMoments:
     @property
     def centred(self) -> Tensor:
         """Σ (x − x̄)(x − x̄)ᵀ, float64 [in, in]."""
-        return self.second - self.total[:, None] * (self.total / max(1, self.count))
+        return self.second.addr(self.total, self.total, alpha=-1 / max(1, self.count))
 
     @property
     def raw(self) -> Tensor:

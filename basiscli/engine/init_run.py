@@ -132,6 +132,8 @@ class InitRun:
                     if id(found) not in shared:
                         shared[id(found)] = self._directions(name, method, found)
                     offers[name] = shared[id(found)]
+                    del found
+            del moments  # before the next layer's come
         self.ranks = shared_ranks({n: offers[n][1] if n in offers else torch.zeros(0) for n in plan.targets}, plan.rank)
         self.output.allocate(plan.layout_of(self.ranks))
         for name, rank in self.ranks.items():

@@ -85,6 +85,7 @@ class LayerwiseModel:
                 for batch in batches:
                     early.counted = self._counted(batch)
                     self._enter(layers, batch)
+            self._release(self.model)  # embeddings, most of all
             if early.found:
                 yield early.moments(folder)
             for place, wanted in enumerate(inside):
@@ -101,7 +102,10 @@ class LayerwiseModel:
                         remedy="check the model with `basis eval`, or give a sound checkpoint",
                     )
                 if wanted:
-                    yield collector.moments(folder)
+                    found = collector.moments(folder)
+                    del collector  # one layer's moments at a time: those of a wide layer are gigabytes
+                    yield found
+                    del found
             late = [name for name in outside if name not in early.found]
             if late:
                 with self._collecting(late) as collector:

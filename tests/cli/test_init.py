@@ -18,6 +18,8 @@ from typer.testing import Result
 
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL
+from basiscli.reports.charts import rank_chart
+from basiscli.reports.schema import read_report
 from tests import kv_models
 from tests.conftest import Tensors, basis_process, make_tensors, read_checkpoint, snapshot, write_checkpoint
 from tests.init_models import (
@@ -138,7 +140,7 @@ def best(weight: Tensor, rank: int) -> Tensor:
 def test_an_extracted_adapter_is_small_and_plain(tuned: Path, tmp_path: Path) -> None:
     result = basiscli.extract(tuned / "tuned", base=tuned / "base", rank=3, output=tmp_path / "out")
     assert sorted(file.name for file in result.path.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "basis_report.json"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "basis_report.json"
     ]  # fmt: skip
     config = json.loads((result.path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tuned / "base")
@@ -307,7 +309,7 @@ def test_energy_gives_the_same_bytes_for_any_number_of_workers(uneven: Path, tmp
     assert len({result.report.weights_digest for result in results}) == 1
     assert basiscli.verify(results[0].path).checked_digests
     assert sorted(file.name for file in results[0].path.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "basis_report.json"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "basis_report.json", "ranks.svg"
     ]  # fmt: skip
 
 
@@ -748,3 +750,25 @@ def test_a_model_is_never_in_memory(tmp_path: Path, command: str) -> None:
         peaks[layers] = json.loads(done.stdout)["cost"]["peak_memory_bytes"]
         shutil.rmtree(folder)
     assert peaks[16] - peaks[4] < (sizes[16] - sizes[4]) / 4
+
+
+def test_the_card_says_how_to_load_it_and_shows_the_ranks(basis: Basis, tuned: Path, tmp_path: Path) -> None:
+    given = ["--energy", "0.9", "--target-modules", ".*(q|v)_proj"]
+    result = basis("extract", tuned / "tuned", "--base", tuned / "base", *given, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    ranks = {name: module.rank for name, module in read_report(tmp_path / "out").adapter.modules.items()}
+    assert 'PeftModel.from_pretrained(base, "out", is_trainable=True)' in card
+    assert "--energy 0.9" in card
+    assert "--target-modules '.*(q|v)_proj'" in card
+    shown = (tmp_path / "out" / "ranks.svg").exists()
+    assert shown == (len(set(ranks.values())) > 1) == ("](ranks.svg)" in card)
+
+
+def test_the_picture_of_ranks_is_the_same_again_and_names_every_kind() -> None:
+    ranks = {f"model.layers.{n}.{m}": 3 + n for n in range(12) for m in ("mlp.up_proj", "self_attn.q_proj")}
+    picture = rank_chart(ranks | {"pooler.dense": 1})
+    assert picture == rank_chart(ranks | {"pooler.dense": 1})
+    text = picture.decode()
+    for label in ("mlp.up_proj", "self_attn.q_proj", "pooler.dense", "outside", ">14<", "<title>"):
+        assert label in text
