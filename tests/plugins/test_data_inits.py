@@ -657,6 +657,18 @@ def test_the_text_passes_each_layer_once(
     assert seen == [(layer, batch) for layer in range(3) for batch in range(WINDOWS // 8)]
 
 
+def test_the_text_is_not_run_again_for_weights_that_are_done(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(uneven, tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):  # three layers, and two of the copies after them
+        run("corda", model, tokens, tmp_path / "out", workers=1, progress=Interrupts(5))
+    seen = counting(monkeypatch)
+    result = run("corda", model, tokens, tmp_path / "out")
+    assert result.report.cost.resumed_steps == 23
+    assert seen == []
+
+
 # Interruptions --------------------------------------------------------------------------------------------------------
 
 
