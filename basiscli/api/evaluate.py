@@ -138,8 +138,7 @@ def evaluate(
         if not 1 <= context <= most:
             raise UsageError(f"a context of {context} tokens", remedy=f"1 to {most} for this model")
     found = read_windows(text, lambda: load_tokenizer(sources[0].folder), length, min(sizes))
-    count = min(windows, len(found))
-    chosen = found.select(torch.arange(count) * len(found) // count)
+    chosen = found.spread(windows)
     try:
         with torch.no_grad():
             sums = _quality(loaded, chosen, place, prefill == "exact", shown)

@@ -75,8 +75,11 @@ def expand(
         raise InputError("not an adapter", file=source.path, remedy="give a PEFT LoRA folder")
     name = source.label.rpartition("/")[2].partition("@")[0]
     if initial is not None:
+        start = resolve(str(initial))
+        if not start.is_adapter:
+            raise InputError("not an adapter", file=start.path, remedy="give the adapter that `basis init` made")
         to_lora = _values_to_lora if is_tinylora(source) else _to_lora
-        return to_lora(source, resolve(str(initial)), base, Path(output or f"{name}-lora"), overwrite)
+        return to_lora(source, start, base, Path(output or f"{name}-lora"), overwrite)
     if is_tinylora(source):
         raise UsageError(
             "which trained values are whose, only the adapter says that their training began with",
@@ -96,8 +99,6 @@ def expand(
 
 def _to_lora(trained: Source, initial: Source, base: str | Path | None, out: Path, overwrite: bool) -> ExpandResult:
     """Write s(BA − B₀A₀) as plain LoRA."""
-    if not initial.is_adapter:
-        raise InputError("not an adapter", file=initial.path, remedy="give the adapter that `basis init` made")
     new, old = Adapter(trained), Adapter(initial)
     with closing(new.weights), closing(old.weights):
         _check_pair(new, old)
@@ -132,8 +133,6 @@ def _values_to_lora(
     trained: Source, initial: Source, base: str | Path | None, out: Path, overwrite: bool
 ) -> ExpandResult:
     """Write B diag(v − σ) A as plain LoRA: nothing but the values changed, so that the rank stays as it is."""
-    if not initial.is_adapter:
-        raise InputError("not an adapter", file=initial.path, remedy="give the adapter that `basis init` made")
     new, old = TrainedValues(trained), TrainedValues(initial)
     with closing(new.weights), closing(old.weights):
         place_of = _places(old)

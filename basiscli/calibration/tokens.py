@@ -52,6 +52,11 @@ class Windows:
         counted = None if self.counted is None else self.counted[places]
         return Windows(self.ids[places], self.labels[places], mask, self.name, self.sha256, counted)
 
+    def spread(self, count: int) -> Windows:
+        """Return at most so many windows, spread over the text: its subject may change from beginning to end."""
+        count = min(count, len(self))
+        return self.select([place * len(self) // count for place in range(count)])
+
     def shortened(self, length: int) -> Windows:
         """Return the windows cut to at most so many tokens."""
         mask = None if self.attention_mask is None else self.attention_mask[:, :length]

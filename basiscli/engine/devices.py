@@ -1,9 +1,14 @@
-"""Which device the work runs on."""
+"""Which device the work runs on, what it computes in there, and how it ends when memory runs out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 
+from basiscli.checkpoints.dtypes import torch_dtype
+from basiscli.checkpoints.header import TensorSpec, commonest_dtype
 from basiscli.errors import ResourceError
 
 
@@ -21,3 +26,31 @@ def choose_device(wish: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ResourceError(f"no device '{wish}': {str(error).splitlines()[0]}", remedy="--device cpu") from error
     return device
+
+
+def working_dtype(device: torch.device, tensors: Iterable[TensorSpec]) -> torch.dtype:
+    """Return what a model computes in: float32 on a CPU (faster there than bfloat16), else as it is stored."""
+    if device.type == "cpu":
+        return torch.float32
+    stored = torch_dtype(commonest_dtype(tensors))
+    return stored if stored.is_floating_point else torch.float32
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says so; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+@contextmanager
+def within_memory(remedy: str) -> Iterator[None]:
+    """Run what may need more memory than there is.
+
+    Raises:
+        ResourceError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise ResourceError("out of memory", remedy=remedy) from error

@@ -17,7 +17,6 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.init_targets import ALL_LINEAR as ALL_LINEAR
 from basiscli.engine.init_targets import find_targets, in_model_order
 from basiscli.engine.local import peak_workspace
 from basiscli.engine.merge_plan import ADAPTER_FILE, Settings
@@ -88,7 +87,8 @@ class InitPlan:
         return self.method.trains == "values"
 
     @cached_property
-    def _places(self) -> dict[str, int]:
+    def places(self) -> dict[str, int]:
+        """The number of each target in their order."""
         return {name: place for place, name in enumerate(self.targets)}
 
     @property
@@ -173,7 +173,7 @@ class InitPlan:
         if self.trains_values:
             specs += [
                 TensorSpec(form.format(module, "P"), "U8", (rank, rank, rank)),
-                TensorSpec(f"base_model.tinylora_v.{self._places[name]}", dtype, (rank,)),
+                TensorSpec(f"base_model.tinylora_v.{self.places[name]}", dtype, (rank,)),
             ]
         return specs
 

@@ -14,17 +14,18 @@ from torch import Tensor
 from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
-from basiscli.checkpoints.header import TensorSpec, commonest_dtype
+from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import selectors
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.engine.copying import copy_tensor
+from basiscli.engine.devices import within_memory, working_dtype
 from basiscli.engine.init_plan import NF4_ROUNDS, InitPlan
 from basiscli.engine.layerwise import LayerwiseModel
 from basiscli.engine.local import Progress, Silent, Task, run_tasks
 from basiscli.engine.tensor_reader import is_finite
-from basiscli.errors import BasisError, InputError, ResourceError
+from basiscli.errors import BasisError, InputError
 from basiscli.linalg.nf4 import nf4_rounded, quantised_start
 from basiscli.linalg.svd import SVD, captured
 from basiscli.names import seed_for
@@ -55,7 +56,7 @@ class InitRun:
             ResourceError: memory or disk ran out.
         """
         plan = self.plan
-        try:
+        with within_memory("fewer --workers, or --device cpu; the same command goes on where this one stopped"):
             if plan.method.shares_ranks:
                 self._from_data()
             elif plan.energy is not None:
@@ -66,14 +67,6 @@ class InitRun:
                 if plan.calibration is not None:
                     self._layer_by_layer()
                 self._do(self._tasks([] if plan.calibration else plan.targets, self._decompose) + self._copies())
-        except (RuntimeError, MemoryError) as error:
-            # The CPU's allocator raises a plain RuntimeError.
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-                raise
-            raise ResourceError(
-                "out of memory",
-                remedy="fewer --workers, or --device cpu; the same command goes on where this one stopped",
-            ) from error
         return self.output.finished
 
     # Ways through the weights -----------------------------------------------------------------------------------------
@@ -174,9 +167,7 @@ class InitRun:
         """Run the calibration text through the model; see `LayerwiseModel.moments`."""
         plan = self.plan
         self.windows = self._read_windows()
-        dtype = (
-            torch.float32 if self.device.type == "cpu" else torch_dtype(commonest_dtype(plan.model.tensors.values()))
-        )
+        dtype = working_dtype(self.device, plan.model.tensors.values())
         model = LayerwiseModel(plan.model, list(plan.targets.values()), self.windows, self.device, dtype)
         return model.moments(self.progress)
 
@@ -187,9 +178,7 @@ class InitRun:
         vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 1 << 62
         folder = model.source.folder
         windows = read_windows(given.place, lambda: load_tokenizer(folder), given.length, vocabulary)
-        count = min(len(windows), max(1, given.tokens // windows.ids.shape[1]))
-        # Spread over the text, which may change its subject from beginning to end.
-        return windows.select(torch.arange(count) * len(windows) // count)
+        return windows.spread(max(1, given.tokens // windows.ids.shape[1]))
 
     # One weight -------------------------------------------------------------------------------------------------------
 
@@ -345,7 +334,7 @@ class InitRun:
                 del self.output.finished[name]
 
     def _scratch(self, name: str) -> Path:
-        return self.output.scratch / f"{list(self.plan.targets).index(name)}.safetensors"
+        return self.output.scratch / f"{self.plan.places[name]}.safetensors"
 
     def _scratch_digest(self, name: str) -> str:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,21 +15,38 @@ _LOSS_TOKENS = 64
 def loss_and_gradient(method: KVCompression, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Return a method's loss and its gradient by the student's logits [windows, tokens, vocabulary].
 
-    In blocks of tokens: with a vocabulary of 50,000 the intermediate results of a whole batch take more memory and
-    time than the model. Tokens whose label is −100 do not count.
+    Tokens whose label is −100 do not count.
     """
     total, gradient = 0.0, torch.zeros_like(student)
-    rows = (labels.flatten() != -100).nonzero().squeeze(1)
-    for part in rows.split(_LOSS_TOKENS):
-        logits = student.flatten(0, 1)[part].float().requires_grad_(True)
+    for rows, share in _blocks(labels):
+        logits = student.flatten(0, 1)[rows].float().requires_grad_(True)
         with torch.enable_grad():
-            loss = method.loss(logits, teacher.flatten(0, 1)[part].float(), labels.flatten()[part])
-            loss = loss * (len(part) / len(rows))
+            loss = method.loss(logits, teacher.flatten(0, 1)[rows].float(), labels.flatten()[rows]) * share
         loss.backward()
         assert logits.grad is not None
-        gradient.view(-1, gradient.shape[-1])[part] = logits.grad.to(gradient.dtype)
+        gradient.view(-1, gradient.shape[-1])[rows] = logits.grad.to(gradient.dtype)
         total += loss.item()
     return total, gradient
+
+
+def loss_alone(method: KVCompression, student: Tensor, teacher: Tensor, labels: Tensor) -> float:
+    """Return the loss that `loss_and_gradient` returns, without the work for its gradient."""
+    total = 0.0
+    with torch.no_grad():
+        for rows, share in _blocks(labels):
+            logits, dense = (x.flatten(0, 1)[rows].float() for x in (student, teacher))
+            total += (method.loss(logits, dense, labels.flatten()[rows]) * share).item()
+    return total
+
+
+def _blocks(labels: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Yield the places of a block of tokens that count, and its share of all.
+
+    With a vocabulary of 50,000 the intermediate results of a whole batch take more memory and time than the model.
+    """
+    rows = (labels.flatten() != -100).nonzero().squeeze(1)
+    for part in rows.split(_LOSS_TOKENS):
+        yield part, len(part) / len(rows)
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> float:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import torch_dtype
-from basiscli.checkpoints.header import commonest_dtype
 from basiscli.checkpoints.kv_file import KVBases, KVConfig, read_kv_bases
-from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.copying import BLOCK_ELEMENTS, copy_tensor
+from basiscli.engine.devices import within_memory, working_dtype
 from basiscli.engine.kv_attention import Moments, Projector
 from basiscli.engine.kv_fold import Fold, folds_of
 from basiscli.engine.kv_plan import KVPlan
@@ -28,7 +27,7 @@ from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
 from basiscli.engine.kv_training import Training
 from basiscli.engine.local import Progress, Task, run_tasks
 from basiscli.engine.tensor_reader import is_finite
-from basiscli.errors import InputError, ResourceError
+from basiscli.errors import InputError
 from basiscli.linalg.orthogonal import orthogonality_error
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_tokenizer, load_weights
@@ -58,15 +57,8 @@ class KVRun:
             ResourceError: memory ran out.
         """
         folds = self._folds()
-        try:
+        with within_memory("a smaller --batch or --length; the same command goes on where this one stopped"):
             found = self._find()
-        except (RuntimeError, MemoryError) as error:
-            # The CPU's allocator raises a plain RuntimeError.
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-                raise
-            raise ResourceError(
-                "out of memory", remedy="a smaller --batch or --length; the same command goes on where this one stopped"
-            ) from error
         started = time.monotonic()
         self._write_weights(found, folds)
         self.seconds["writing"] = time.monotonic() - started
@@ -75,12 +67,12 @@ class KVRun:
     # Bases and ranks --------------------------------------------------------------------------------------------------
 
     def _find(self) -> KVBases:
-        plan = self.plan
+        plan, folder = self.plan, self.plan.model.source.folder
         started = time.monotonic()
-        model = load_weights(plan.model.source.folder, _working_dtype(self.device, plan.model), self.device)
-        _refuse_nonfinite(model, plan.model.source.folder)
+        model = load_weights(folder, working_dtype(self.device, plan.model.tensors.values()), self.device)
+        _refuse_nonfinite(model, folder)
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.numbers["full_rank_error"] = check_attention(model, plan.shape, plan.model.source.folder / "config.json")
+        self.numbers["full_rank_error"] = check_attention(model, plan.shape, folder / "config.json")
         modules = attention_modules(model)
         self.seconds["loading"] = time.monotonic() - started
         bases, energy = self._bases(model, modules)
@@ -108,7 +100,7 @@ class KVRun:
             earlier = read_kv_bases(plan.model.source.folder)
             return earlier.bases, earlier.energy
         started = time.monotonic()
-        _, training = self._calibration(settings.length)
+        _, training = self._calibration()
         moments = self._moments(model, modules, training)
         method: KVCompression = plan.method.implementation(plan.values)
         start = method.start(moments).to(self.device)
@@ -129,10 +121,11 @@ class KVRun:
         wide = bases.double()
         return bases, ((both @ wide) * wide).sum(-2).float()  # uᵀ S u of every column
 
-    def _calibration(self, length: int) -> tuple[Windows, Windows]:
-        """Return the windows of the search and those of the training, which have none in common."""
+    def _calibration(self) -> tuple[Windows, Windows]:
+        """Return the windows that decide in the search and those of the training, which have none in common."""
         plan, settings = self.plan, self.plan.settings
-        if self.windows is None or self.windows.ids.shape[1] != length:
+        length = settings.length
+        if self.windows is None:
             folder = plan.model.source.folder
             self.windows = read_windows(settings.calibration, lambda: load_tokenizer(folder), length, self.vocabulary)
         held = min(settings.search_windows, len(self.windows) // 2)
@@ -151,11 +144,10 @@ class KVRun:
         """Run a sample of the windows through the dense model and add up what its attention sees."""
         collectors = [Moments() for _ in modules]
         attach(model, collectors)
-        count = min(self.plan.settings.moment_windows, len(windows))
-        sample = windows.select(torch.arange(count) * len(windows) // count)
-        self.progress.start("statistics", count, sample.ids.numel(), "tokens")
+        sample = windows.spread(self.plan.settings.moment_windows)
+        self.progress.start("statistics", len(sample), sample.ids.numel(), "tokens")
         with torch.no_grad():
-            for place in range(count):
+            for place in range(len(sample)):
                 part = sample.select([place])
                 for collector in collectors:
                     collector.counted = None if part.attention_mask is None else part.attention_mask.to(self.device)
@@ -178,7 +170,7 @@ class KVRun:
             return spectrum(energy, levels, budget)
         done = self.output.finished.get("search")
         if done is None:
-            held, windows = self._calibration(plan.settings.length)
+            held, windows = self._calibration()
             started = time.monotonic()
             projectors = [Projector() for _ in modules]
             attach(model, projectors)
@@ -245,11 +237,3 @@ def _values_as_they_come(bases: Tensor) -> Tensor:
     """Return bases for a model whose values come in their basis already: the identity in place of theirs."""
     identity = torch.eye(bases.shape[-1]).expand_as(bases[:, 1])
     return torch.stack([bases[:, 0], identity], 1)
-
-
-def _working_dtype(device: torch.device, model: Checkpoint) -> torch.dtype:
-    """Return what the model computes in: float32 on a CPU (faster there than bfloat16), else as it is stored."""
-    if device.type == "cpu":
-        return torch.float32
-    stored = torch_dtype(commonest_dtype(model.tensors.values()))
-    return stored if stored.is_floating_point else torch.float32

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
 from basiscli.engine.kv_attention import Projector, cut_projections, set_bases, set_projections
-from basiscli.engine.kv_loss import divergence, loss_and_gradient
+from basiscli.engine.kv_loss import divergence, loss_alone, loss_and_gradient
 from basiscli.engine.local import Progress
 from basiscli.errors import InputError
 from basiscli.transforms import KVCompression
@@ -146,8 +146,8 @@ class GreedySearch:
         """
         unit = self.bases.shape[-1] // self.levels
         number = torch.arange(self.levels)
-        strength = (number < steps[..., None]).float() + 0.5 * (number == steps[..., None]).float()
-        strength.requires_grad_(True)
+        own = (number == steps[..., None]).float()
+        strength = ((number < steps[..., None]).float() + 0.5 * own).requires_grad_(True)
         with torch.enable_grad():
             columns = strength.repeat_interleave(unit, -1).to(self.bases.device)
             set_projections(self.projectors, cut_projections(self.bases, columns))
@@ -155,7 +155,6 @@ class GreedySearch:
         _, gradient = loss_and_gradient(self.method, student.detach(), teacher, batch.labels.to(student.device))
         student.backward(gradient)
         assert strength.grad is not None
-        own = (number == steps[..., None]).float()
         return -(strength.grad * own).sum(-1)
 
     def _held_loss(self, levels: Tensor) -> float:
@@ -165,7 +164,7 @@ class GreedySearch:
             counted = int((one.labels != -100).sum())
             if counted:
                 student, teacher = self._logits(one, levels), self._held_teacher(place)
-                loss, _ = loss_and_gradient(self.method, student, teacher, one.labels.to(student.device))
+                loss = loss_alone(self.method, student, teacher, one.labels.to(student.device))
                 total, count = total + counted * loss, count + counted
         return total / count
 
@@ -188,9 +187,8 @@ class GreedySearch:
 
     def _logits(self, batch: Windows, levels: Tensor | None) -> Tensor:
         """Return the logits with projections cut at such levels, or of the dense model."""
-        set_bases(self.projectors, None)
-        if levels is not None:
-            set_bases(self.projectors, self.bases, levels * (self.bases.shape[-1] // self.levels))
+        ranks = None if levels is None else levels * (self.bases.shape[-1] // self.levels)
+        set_bases(self.projectors, self.bases, ranks)
         with torch.no_grad():
             logits: Tensor = self.model(**self._inputs(batch), use_cache=False).logits
         return logits

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.architecture import loaded_names
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.engine.devices import ran_out_of_memory
 from basiscli.engine.local import Progress
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import InputError
@@ -60,6 +61,10 @@ class LayerwiseModel:
             stored = next((self._stored[name] for name in parameters if name in self._stored), None)
             self._stored |= dict.fromkeys(parameters, stored) if stored else {}
         for name, module in self.model.named_modules():
+            for leaf, buffer in module.named_buffers(recurse=False):
+                stored = self._stored.get(f"{name}.{leaf}")
+                value = buffer if stored is None else self.checkpoint.read(stored).to(buffer.dtype)
+                setattr(module, leaf, value.to(self.device))
             module.register_forward_pre_hook(lambda module, args, name=name: self.load(module, name))
 
     def moments(self, progress: Progress) -> Iterator[dict[str, InputMoments]]:
@@ -181,7 +186,7 @@ class LayerwiseModel:
         try:
             yield
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if ran_out_of_memory(error):
                 raise
             if isinstance(error, IndexError) and positions and length > positions:
                 raise InputError(
@@ -236,10 +241,6 @@ class LayerwiseModel:
         """Give a module its own weights, on the device and in the working dtype, if it does not have them."""
         if self._entered and any(True for _ in module.parameters(recurse=False)):
             raise _Enough  # the first module after the layers
-        for leaf, buffer in module.named_buffers(recurse=False):
-            stored = self._stored.get(f"{name}.{leaf}")
-            value = buffer if stored is None else self.checkpoint.read(stored).to(buffer.dtype)
-            setattr(module, leaf, value.to(self.device))
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device != _META:
                 continue

@@ -41,10 +41,13 @@ def principal_axes(moments: Tensor) -> tuple[Tensor, Tensor]:
         Orthogonal U [..., d, d] with one axis a column, and the energy of each [..., d], both float64.
     """
     energy, axes = torch.linalg.eigh(moments.double())
-    axes = axes.flip(-1)
-    # LAPACK leaves the sign of an eigenvector open: the largest entry is made positive, so that results compare.
+    return signed(axes.flip(-1)), energy.flip(-1).clamp_min(0)
+
+
+def signed(axes: Tensor) -> Tensor:
+    """Return columns [..., d, r] with the largest entry of each positive: decompositions leave the sign open."""
     largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
-    return axes * largest.sign(), energy.flip(-1).clamp_min(0)
+    return axes * largest.sign()
 
 
 def least_product_error(own: Tensor, other: Tensor, start: Tensor, steps: int = 300) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from basiscli.linalg.orthogonal import principal_axes, signed
+
 TOLERANCE = 3e-3
 MOMENT_TOLERANCE = 1e-7  # errors of eigenvectors and values are its square, relative to their distances
 _FIRST_CAPTURED = 32
@@ -32,14 +34,11 @@ class SVD:
         An entry of each vector decides its sign: the largest is positive. Fast means right to 1e-7, measured.
         """
         if self.exact or len(moment) <= _SMALL_MOMENT:
-            values, vectors = torch.linalg.eigh(moment)
-            values, rows = values[-count:].flip(0), vectors[:, -count:].flip(-1).mT
-        else:
-            # U's columns are orthonormal even where the moment has fewer directions than are asked for; V's are not.
-            columns, values, _ = fast_svd(moment, count, seed=self.seed, tolerance=MOMENT_TOLERANCE)
-            rows = columns.mT
-        largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-        return rows * largest.sign(), values.clamp_min(0)
+            axes, values = principal_axes(moment)
+            return axes[:, :count].mT.clone(), values[:count]  # a view would keep all axes alive
+        # U's columns are orthonormal even where the moment has fewer directions than are asked for; V's are not.
+        columns, values, _ = fast_svd(moment, count, seed=self.seed, tolerance=MOMENT_TOLERANCE)
+        return signed(columns).mT, values
 
     def bottom(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same of the r smallest singular values; always exact."""

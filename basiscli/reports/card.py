@@ -6,18 +6,37 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from basiscli.checkpoints.source import is_hub_id
+from basiscli.checkpoints.source import Source, is_hub_id
 from basiscli.engine.merge_plan import MergePlan
 from basiscli.reports.schema import Report
 
-_TEMPLATE = files("basiscli.reports") / "templates" / "model_card.md.jinja"
+_TEMPLATES = files("basiscli.reports") / "templates"
+
+
+def render_card(template: str, metadata: dict[str, Any], **values: Any) -> bytes:
+    """Return a card: the front matter that the Hub reads, and below it a template's text."""
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return environment.from_string((_TEMPLATES / template).read_text()).render(metadata=front, **values).encode()
+
+
+def metadata_of(source: Source, relation: str, report: Report, *, library: str, tag: str) -> dict[str, Any]:
+    """Return the front matter of what was made from one model; a local folder has no name that the Hub knows."""
+    named = source.repo_id or source.base_model
+    metadata: dict[str, Any] = {}
+    if named and is_hub_id(named) and "@" not in named:
+        metadata |= {"base_model": [named], "base_model_relation": relation}
+    metadata["library_name"] = library
+    if report.sources[0].license:
+        metadata["license"] = report.sources[0].license
+    return metadata | {"tags": [tag, "basis", report.method.name]}
 
 
 def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
     """Return the card's bytes, and warnings about what it says."""
-    import jinja2
-    import yaml
-
     license_word, warnings = _license(report)
     metadata: dict[str, Any] = {}
     bases = _base_models(plan)
@@ -37,9 +56,9 @@ def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
     ]
     for row, number in zip(rows[len(rows) - len(models) :], norms, strict=False):
         row["norm"] = f"{number:.4g}"
-    environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
-    text = environment.from_string(_TEMPLATE.read_text()).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+    card = render_card(
+        "model_card.md.jinja",
+        metadata,
         title=plan.out.name,
         report=report,
         rows=rows,
@@ -48,7 +67,7 @@ def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
         notes=[*report.notes, *warnings],
         command=command_line(plan),
     )
-    return text.encode(), warnings
+    return card, warnings
 
 
 def command_line(plan: MergePlan) -> str:

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from typing import Any
-
-from basiscli.checkpoints.source import is_hub_id
-from basiscli.engine.init_plan import ADAPTER, ALL_LINEAR, DEFAULT_RANK, RESIDUAL, InitPlan
+from basiscli.engine.init_plan import ADAPTER, DEFAULT_RANK, RESIDUAL, InitPlan
+from basiscli.engine.init_targets import ALL_LINEAR
+from basiscli.reports.card import metadata_of, render_card
 from basiscli.reports.charts import rank_chart, rank_table
 from basiscli.reports.schema import Report
 
-_TEMPLATE = files("basiscli.reports") / "templates" / "adapter_card.md.jinja"
 PICTURE = "ranks.svg"
 
 
 def adapter_card(plan: InitPlan, report: Report) -> dict[str, bytes]:
     """Return `README.md`, and `ranks.svg` where modules differ in rank, by name."""
-    import jinja2
-    import yaml
-
     adapter, numbers = report.adapter, report.numbers
     assert adapter is not None
     base = (plan.base or plan.model).source
-    named = base.repo_id or base.base_model
-    metadata: dict[str, Any] = {}
-    if named and is_hub_id(named) and "@" not in named:
-        metadata |= {"base_model": [named], "base_model_relation": "adapter"}
-    metadata |= {"library_name": "peft"}
-    if report.sources[0].license:
-        metadata["license"] = report.sources[0].license
-    metadata["tags"] = ["lora", "basis", plan.method.name]
+    metadata = metadata_of(base, "adapter", report, library="peft", tag="lora")
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     shares = {name: module.energy for name, module in adapter.modules.items()}
     whole = "the inputs' variance" if plan.method.shares_ranks else "the difference" if plan.base else "the weight"
-    environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
-    text = environment.from_string(_TEMPLATE.read_text()).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+    card = render_card(
+        "adapter_card.md.jinja",
+        metadata,
         title=plan.out.name,
         what=f"Extracted from {plan.model.source.label}"
         if plan.base
@@ -49,7 +36,7 @@ def adapter_card(plan: InitPlan, report: Report) -> dict[str, bytes]:
         rows=rank_table(ranks, shares),
         command=init_command(plan),
     )
-    found = {"README.md": text.encode()}
+    found = {"README.md": card}
     if numbers["rank_least"] != numbers["rank_most"]:
         found[PICTURE] = rank_chart(ranks)
     return found

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.resources import files
-from typing import Any
 
 from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.digests import digest, weights_digest
 from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import commonest_dtype
 from basiscli.checkpoints.kv_file import KVConfig
-from basiscli.checkpoints.source import is_hub_id
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_run import KVRun
 from basiscli.names import natural_key
+from basiscli.reports.card import metadata_of, render_card
 from basiscli.reports.facts import checkpoint_record, peak_memory_bytes, unchanged, versions
 from basiscli.reports.schema import (
     CalibrationRecord,
@@ -24,8 +22,6 @@ from basiscli.reports.schema import (
     Report,
     TensorRecord,
 )
-
-_TEMPLATE = files("basiscli.reports") / "templates" / "kv_card.md.jinja"
 
 
 def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: float) -> Report:
@@ -100,22 +96,11 @@ def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: floa
 
 def kv_card(plan: KVPlan, report: Report) -> bytes:
     """Return the model card."""
-    import jinja2
-    import yaml
-
     assert report.kv is not None
     source = plan.model.source
-    named = source.repo_id or source.base_model
-    metadata: dict[str, Any] = {}
-    if named and is_hub_id(named) and "@" not in named:
-        metadata |= {"base_model": [named], "base_model_relation": "quantized"}
-    metadata["library_name"] = "transformers"
-    if report.sources[0].license:
-        metadata["license"] = report.sources[0].license
-    metadata["tags"] = ["kv-cache", "basis", report.method.name]
-    environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
-    text = environment.from_string(_TEMPLATE.read_text()).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+    return render_card(
+        "kv_card.md.jinja",
+        metadata_of(source, "quantized", report, library="transformers", tag="kv-cache"),
         title=plan.out.name,
         source=source.label,
         report=report,
@@ -126,7 +111,6 @@ def kv_card(plan: KVPlan, report: Report) -> bytes:
         parameters=", ".join(f"{name} = {value}" for name, value in report.method.parameters.items()),
         command=kv_command(plan),
     )
-    return text.encode()
 
 
 def kv_command(plan: KVPlan) -> str:
