@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results" / "init_memory.json"
 VOCABULARY = 32_000
-FFN = {4096: 11_008, 2048: 5_632, 1024: 2_816}
+FFN = {4096: 11_008, 3072: 8_192, 2048: 5_632, 1024: 2_816}
 LEAST_LAYERS = 8
 SHARD_BYTES = 2_000_000_000
 SPIKES = 64  # singular values above those of the noise, as trained weights have

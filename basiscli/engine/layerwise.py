@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.architecture import loaded_names
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import ran_out_of_memory
+from basiscli.engine.devices import give_back_memory, ran_out_of_memory
 from basiscli.engine.local import Progress
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import InputError
@@ -23,6 +23,7 @@ from basiscli.transforms import InputMoments
 
 _BATCH_TOKENS = 2048
 _CHUNK = 2048  # rows whose products are summed in float32 before they join the float64 sum
+_BAND = 512  # rows of a second moment that are added to at once
 _META = torch.device("meta")
 _GAMMA, _BETA = re.compile(r"(?<=LayerNorm\.)gamma$"), re.compile(r"(?<=LayerNorm\.)beta$")
 
@@ -111,6 +112,7 @@ class LayerwiseModel:
                     del collector  # one layer's moments at a time: those of a wide layer are gigabytes
                     yield found
                     del found
+                give_back_memory()
             late = [name for name in outside if name not in early.found]
             if late:
                 with self._collecting(late) as collector:
@@ -353,12 +355,24 @@ class _Sums:
         for part in rows.split(_CHUNK):
             moved = part.float() - self.shift.float()
             self.total += moved.sum(0, dtype=torch.float64)
-            self.second += moved.mT @ moved
+            for first, last in _bands(len(self.shift)):
+                self.second[first:last, first:] += moved[:, first:last].mT @ moved[:, first:]
         self.count += len(rows)
 
     def moments(self) -> InputMoments:
-        """Return them."""
+        """Return them; nothing is to be added afterwards."""
+        for first, last in _bands(len(self.shift)):
+            self.second[last:, first:last] = self.second[first:last, last:].mT
         return InputMoments(self.count, self.shift.float().double(), self.total, self.second)
+
+
+def _bands(width: int) -> Iterator[tuple[int, int]]:
+    """Yield bands of rows of a symmetric matrix, whose upper half is enough.
+
+    The product of one band is all the memory that adding takes beside the sum itself.
+    """
+    for first in range(0, width, _BAND):
+        yield first, min(first + _BAND, width)
 
 
 class _Stage(nn.Module):

@@ -102,11 +102,12 @@ def test_modules_that_read_the_same_tensor_share_its_moments(tmp_path: Path) -> 
     assert len(set(groups.values())) == 8
 
 
-def test_a_large_mean_takes_no_digits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [12, 520])  # a band of rows, and two
+def test_a_large_mean_takes_no_digits(width: int) -> None:
     """Inputs of mean 1,000 and deviation 1: squares summed in float32 would leave no variance."""
     from basiscli.engine.layerwise import _Sums
 
-    rows = 1000 + torch.randn(5000, 12, generator=torch.Generator().manual_seed(0))
+    rows = 1000 + torch.randn(5000, width, generator=torch.Generator().manual_seed(0))
     sums = _Sums()
     for part in rows.split(777):
         sums.add(part)
