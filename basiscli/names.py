@@ -51,3 +51,12 @@ def format_size(size: float) -> str:
 def seed_for(seed: int, name: str) -> int:
     """Return a seed for the work on one tensor that depends on its name and not on when it is worked on."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest())
+
+
+def printable(text: str) -> str:
+    """Return text with everything but printable characters and line breaks escaped.
+
+    Names and messages come from files that a stranger made; none may send escape sequences to a terminal, or turn a
+    line of a page around.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

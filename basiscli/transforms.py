@@ -11,12 +11,25 @@ function whose positional parameters say what it wants and whose keyword-only on
 
 A merge may ask for `base` (float32 tensor; with a default of None it can do without), `others` (list of float32
 tensors of base's shape), `weights` (one float a model) and `seed` (an integer that depends on `--seed` and the
-tensor's name only). It returns a tensor of the same shape. `elementwise=True` says that every output element depends
-on the input elements at its place alone: the core may then pass blocks of rows instead of whole tensors.
+tensor's name only). It returns a tensor of the same shape and leaves its inputs as they are. `elementwise=True` says
+that every output element depends on the input elements at its place alone: the core then passes blocks of rows instead
+of whole tensors, and `start` is the place of a block's first element in the flat tensor. `rowwise=True` says the same
+of rows (all that has one index in the first dimension; a tensor of one dimension is one row).
+
+Where a method needs a few numbers of the whole tensor as well (a threshold, norms, inner products), `measure=` names a
+function that finds them from `blocks`, which can be gone over as often as it takes, and from parameters it names by
+keyword; what it returns is `measured`. A tensor of any size is then merged within a few blocks' memory.
+
+Parameters of type `PerModel[…]` take one number or a list with one a model. `models=(fewest, most)` says how many a
+method merges, and `check=` names a function that refuses combinations of parameters before anything is read. With
+`onto_weight=` an earlier merge can be continued: its result is then the first of `others`, its weight the first of
+`weights`, and `earlier` the number of models in it (else 0).
 
 An init takes `weight` (float32 [out, in]), `rank`, and `svd` (how to decompose: `svd.top(weight, rank)`), and returns
 (B [out, rank], A [rank, in]): the part of the weight that moves into the adapter. Scaling and residual are the core's.
 With `trains="values"` it returns (B, σ [rank], A), of which only σ is trained. `principal=True` allows `--quantize`.
+With `trains="coefficients"` it takes `random` (the `RandomBases` of A and of B, as many as its parameter `bases` says)
+and returns a coefficient for each; ΔW must be 0, as the base stays as it is.
 One that also asks for `inputs` (`InputMoments` of what the weight is multiplied with) needs calibration text.
 
 A method that needs one number over the whole model is a class derived from `TaskVectorMerge`; one that takes an
@@ -29,9 +42,10 @@ This module imports no torch, and a transform should not at its top either: `--d
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -46,12 +60,13 @@ if TYPE_CHECKING:
     from basiscli.linalg.svd import SVD
 
 Family = Literal["merge", "init", "compress"]
-Trained = Literal["factors", "values"]
+Trained = Literal["factors", "values", "coefficients"]
 _POSITIONAL: dict[Family, tuple[str, ...]] = {
-    "merge": ("base", "others", "weights", "seed"),
-    "init": ("weight", "rank", "svd", "inputs"),
+    "merge": ("base", "others", "weights", "seed", "start", "measured", "earlier"),
+    "init": ("weight", "rank", "svd", "inputs", "random"),
     "compress": (),
 }
+_MEASURE = ("blocks", "weights", "seed", "earlier")
 Target = TypeVar("Target")
 
 
@@ -70,8 +85,66 @@ class History:
     weights: list[float]
     numbers: Mapping[str, float]
 
+    @property
+    def models(self) -> int:
+        """How many models the earlier merge had, those that it continued itself included."""
+        return int(self.numbers.get("models", len(self.weights)))
+
 
 OntoWeight = Callable[[History], float]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of one tensor of all models, float32 (float64 if any model stores it), on the run's device."""
+
+    rows: slice | None
+    """None for all of it."""
+    start: int
+    """The place of the first element in the flat tensor."""
+    base: Tensor | None
+    others: list[Tensor]
+
+    @property
+    def task_vectors(self) -> list[Tensor]:
+        """The models' differences from the base, new tensors; for methods that need a base."""
+        assert self.base is not None
+        return [other - self.base for other in self.others]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One tensor of all models in blocks of rows, in order; every iteration goes over the whole tensor again."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Iterator[Block]]
+
+    def __iter__(self) -> Iterator[Block]:
+        return self.read()
+
+    @property
+    def count(self) -> int:
+        """Number of elements of the tensor."""
+        return math.prod(self.shape)
+
+    def without_base(self) -> Blocks:
+        """Return the same blocks for a method that has no use for a base, given or not."""
+        return Blocks(self.shape, lambda: (replace(block, base=None) for block in self))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user chose for a merge, for a method's `check`."""
+
+    method: str
+    values: Mapping[str, Any]
+    """The parameters by name."""
+    weights: list[float]
+    history: History | None
+    """Of the earlier merge that is continued."""
+
+
+Check = Callable[[Choices], None]
 
 
 @dataclass(frozen=True)
@@ -88,10 +161,15 @@ class Method:
     onto_weight: OntoWeight | None = None
     wants: tuple[str, ...] = ()
     needs_base: bool = True
+    rowwise: bool = False
+    models: tuple[int, int | None] = (1, None)
+    """merge: the fewest and the most models, the base not counted."""
+    measure: Callable[..., Any] | None = None
+    check: Check | None = None
     principal: bool = False
     """init: whether the factors are the weight's leading part, which a little noise leaves where it is."""
     trains: Trained = "factors"
-    """init: A and B of ΔW = s·B·A, or the values σ of ΔW = B diag(σ) A alone."""
+    """init: A and B of ΔW = s·B·A, the values σ of ΔW = B diag(σ) A alone, or coefficients of random A and B."""
 
     @property
     def summary(self) -> str:
@@ -127,7 +205,8 @@ class Method:
             return self.parameters.model_validate(dict(given))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            # Between them pydantic says which form of a PerModel it took; the numbers of a list count from 0.
+            where = ".".join(str(part) for part in first["loc"] if part in known or isinstance(part, int))
             raise UsageError(
                 f"parameter {where}={first['input']!r} of {self.name}: {first['msg']}",
                 remedy=f"`basis methods show {self.name}` lists its parameters",
@@ -139,6 +218,13 @@ class Method:
         keyword = {_python_name(name): value for name, value in values}
         result: Tensor = self.implementation(**positional, **keyword)
         return result
+
+    def find_numbers(self, values: BaseModel, available: Mapping[str, Any]) -> Any:
+        """Call `measure`, if there is one, with what it asks for by name: inputs of the core's and parameters."""
+        if self.measure is None:
+            return None
+        known = {**{_python_name(name): value for name, value in values}, **available}
+        return self.measure(**{name: known[name] for name in inspect.signature(self.measure).parameters})
 
 
 @dataclass(frozen=True)
@@ -303,6 +389,10 @@ def transform(
     name: str | None = None,
     source: str = "",
     elementwise: bool = False,
+    rowwise: bool = False,
+    models: tuple[int, int | None] | None = None,
+    measure: Callable[..., Any] | None = None,
+    check: Check | None = None,
     onto_weight: OntoWeight | None = None,
     principal: bool = False,
     trains: Trained = "factors",
@@ -313,11 +403,17 @@ def transform(
         family: the command it serves.
         name: the name at the command line; by default the function's own, or the class's in lower case.
         source: paper and equation.
-        elementwise: see the module's documentation.
+        elementwise: see the module's documentation, as for `rowwise`, `measure` and `check`.
+        rowwise: every row of the result depends on the models' rows at its place.
+        models: the fewest and the most models a merge takes (None: any number), the base not counted; by default two
+            or more, and with a base one or more.
+        measure: finds numbers of the whole tensor, the function's `measured`.
+        check: raises UsageError for parameters or weights that make no sense together.
         onto_weight: for `--onto`: from an earlier merge's history to the weight its result takes as the first model.
         principal: for `--quantize`: an init that takes the leading part of a matrix, and may be asked again for that of
             what a quantised base lacks.
-        trains: what of an init's result is trained: A and B, or the values between them alone.
+        trains: what of an init's result is trained: A and B, the values between them alone, or coefficients of random
+            bases.
     """
 
     def register(target: Target) -> Target:
@@ -332,9 +428,10 @@ def transform(
         elif inspect.isfunction(target):
             wants, needs_base = _wants(target, family)
             parameters = _parameters_of(target)
+            _check_measure(measure, parameters)
             method = Method(
                 family, name or target.__name__, doc, source, parameters, target, elementwise, onto_weight, wants,
-                needs_base, principal, trains,
+                needs_base, rowwise, models or (1 if needs_base else 2, None), measure, check, principal, trains,
             )  # fmt: skip
         else:
             raise TypeError("a transform is a function, or a TaskVectorMerge, DataInit or KVCompression class")
@@ -358,6 +455,15 @@ def _wants(function: Callable[..., Any], family: Family) -> tuple[tuple[str, ...
             )
     needs_base = any(p.name == "base" and p.default is inspect.Parameter.empty for p in positional)
     return tuple(p.name for p in positional), needs_base
+
+
+def _check_measure(measure: Callable[..., Any] | None, parameters: type[BaseModel]) -> None:
+    if measure is None:
+        return
+    known = {*_MEASURE, *map(_python_name, parameters.model_fields)}
+    for asked in inspect.signature(measure).parameters:
+        if asked not in known:
+            raise TypeError(f"{measure.__name__}: there is no input or parameter '{asked}'")
 
 
 def _parameters_of(function: Callable[..., Any]) -> type[BaseModel]:

@@ -541,7 +541,7 @@ def test_a_model_that_only_the_hub_could_have(family: Family, tmp_path: Path, ou
     ("method", "words", "cause", "remedy"),
     [
         ("liner", [], "no merge method 'liner'", "did you mean 'linear'?"),
-        ("xyz", [], "no merge method 'xyz'", "known: linear, "),
+        ("xyz", [], "no merge method 'xyz'", "known: arcee_fusion, "),
         ("ortho", ["-p", "aplha=0.5"], "ortho has no parameter 'aplha'", "did you mean 'alpha'?"),
         ("ortho", ["-p", "alpha=1.5"], "parameter alpha=1.5 of ortho", "basis methods show ortho"),
         ("ortho", ["-p", "alpha=-0.1"], "parameter alpha=-0.1 of ortho", "basis methods show ortho"),

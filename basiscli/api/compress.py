@@ -146,7 +146,7 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
         run = KVRun(plan, output, progress, device)
         found = run.run()
         bases = found.files()
-        report = build_kv_report(run, found.config, bases[BASES_FILE], seconds=time.monotonic() - started)
+        report = build_kv_report(run, found, bases[BASES_FILE], seconds=time.monotonic() - started)
         files = sidecar_files(plan.model, plan.settings.dtype, code=False) | bases
         files["config.json"] = without_export(files["config.json"])
         if plan.settings.export:

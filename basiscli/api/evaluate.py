@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basiscli.checkpoints.kv_file import Prefill
 from basiscli.engine.local import Progress, Silent
 from basiscli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from basiscli.runtime.load import Prefill
 
 _CHUNK = 512  # tokens of a prompt that are read at a time before decoding is timed
 
@@ -76,6 +75,14 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
         return asdict(self) | {"numbers": self.numbers}
+
+
+def number_names(*, pair: bool, contexts: Sequence[int]) -> set[str]:
+    """Return the names of the numbers that an evaluation will give, alone or against another model."""
+    names = {"perplexity", "accuracy", "cache_bytes_per_token"}
+    names |= {"perplexity_increase", "accuracy_kept", "cache_kept", "kl", "agreement"} if pair else set()
+    timed = ["decode_tokens_per_second", *(["decode_speedup"] if pair else [])]
+    return names | {f"{name}_{context}" for name in timed for context in contexts}
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The way back: a trained PiSSA or SVFit adapter as plain LoRA of the original base, any adapter as a checkpoint."""
+"""The way back: a trained PiSSA, SVFit or NOLA adapter as plain LoRA of the original base, any as a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.digests import digest, stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.nola import is_nola
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, resolve
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora, selectors
 from basiscli.checkpoints.writer import PartialOutput
@@ -22,6 +23,7 @@ from basiscli.engine.local import Progress
 from basiscli.engine.merge_plan import ADAPTER_FILE
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.errors import InputError, UsageError
+from basiscli.reports.expand_card import expanded_card
 from basiscli.reports.schema import read_report
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def expand(
     With `initial`, the adapter was trained from a start that is not zero (`basis init`: PiSSA, MiLoRA, OLoRA) on its
     residual. What it changed of the original model is s(BA − B₀A₀), a LoRA of twice the rank on the original base:
     A' = [A; A₀], B' = [B, −B₀]. Where singular values were trained (SVFit), it is B diag(v − σ) A, of the same rank.
-    Without, the adapter is added to its base: a full checkpoint.
+    Without, the adapter is added to its base: a full checkpoint. A NOLA adapter becomes plain LoRA, for which its base
+    is not needed, and a checkpoint where `base` is given.
 
     Args:
         adapter: the trained adapter.
@@ -74,6 +77,11 @@ def expand(
     if not source.is_adapter:
         raise InputError("not an adapter", file=source.path, remedy="give a PEFT LoRA folder")
     name = source.label.rpartition("/")[2].partition("@")[0]
+    if is_nola(source):
+        if initial is not None:
+            raise UsageError("a NOLA adapter begins at zero", file=source.path, remedy="leave out --initial")
+        if base is None:
+            return _random_to_lora(source, Path(output or f"{name}-lora"), overwrite)
     if initial is not None:
         start = resolve(str(initial))
         if not start.is_adapter:
@@ -108,6 +116,22 @@ def _to_lora(trained: Source, initial: Source, base: str | Path | None, out: Pat
     return ExpandResult(place, "adapter", found, len(new.modules))
 
 
+def _random_to_lora(source: Source, out: Path, overwrite: bool) -> ExpandResult:
+    """Write the factors that seed and coefficients stand for, in float32."""
+    adapter = Adapter(source)
+    parts = adapter.parts
+    with closing(adapter.weights):
+        place = output_place(out, [source], overwrite=overwrite)
+
+        def tensors(read: bool) -> Planned:
+            for name, stored in parts.tensors.items():
+                spec = TensorSpec(name, stored.dtype, stored.shape)
+                yield spec, parts.read(name).contiguous() if read else None
+
+        found = _write(place, adapter.config, tensors, overwrite=overwrite)
+    return ExpandResult(place, "adapter", found, len(adapter.modules))
+
+
 def _write(place: Path, config: dict[str, Any], tensors: Tensors, *, overwrite: bool) -> str:
     """Write an adapter; return the digest of its weights."""
     specs = [spec for spec, _ in tensors(False)]
@@ -120,6 +144,7 @@ def _write(place: Path, config: dict[str, Any], tensors: Tensors, *, overwrite: 
             assert tensor is not None
             written[spec.name] = digest([output.write(spec.name, tensor)])
         files = {ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+        files["README.md"] = expanded_card(config, place.name)
         output.commit(files, overwrite=overwrite)
     except InputError:
         output.discard()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from basiscli.api.settings import run_settings
 from basiscli.checkpoints.source import Source, resolve
+from basiscli.engine.cluster import Cluster, EngineOptions, cluster_of, device_of, engine_of
 from basiscli.engine.init_plan import (
     ADAPTER,
     DEFAULT_LENGTH,
@@ -21,6 +23,7 @@ from basiscli.engine.init_plan import (
 from basiscli.engine.init_plan import plan_init as _plan
 from basiscli.engine.init_targets import ALL_LINEAR
 from basiscli.engine.local import Progress, Silent
+from basiscli.errors import UsageError
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 from basiscli.transforms import Method, transform
@@ -42,7 +45,7 @@ class InitResult:
     report: Report
 
 
-class InitOptions(TypedDict, total=False):
+class InitOptions(EngineOptions, total=False):
     """What `init` and `extract` take by name; `init` documents each."""
 
     rank: int | None
@@ -58,10 +61,11 @@ class InitOptions(TypedDict, total=False):
     seed: int
     resume: bool
     overwrite: bool
+    headers_only: bool
     allow_nonfinite: bool
 
 
-_SETTINGS = ("device", "seed", "resume", "overwrite", "allow_nonfinite")
+_SETTINGS = ("device", "seed", "resume", "overwrite", "headers_only", "allow_nonfinite")
 
 
 def init(
@@ -102,7 +106,8 @@ def init(
             target_modules: 'all-linear', a regular expression for whole module names, or a list of names.
             output: the folder to make, with `adapter/` and `residual/`; `./MODEL-METHOD` by default.
             allow_nonfinite: copy tensors with NaN or Inf; a weight that is decomposed may hold none.
-            device, dtype, shard_size, workers, seed, resume, overwrite: as for `merge`.
+            device, dtype, shard_size, workers, seed, resume, overwrite, headers_only, engine, ray_address: as for
+                `merge`.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
@@ -157,7 +162,18 @@ def plan_init(
         place = None if calibration is None else str(calibration)
         tokens = DEFAULT_TOKENS if tokens is None else tokens
         text = Calibration(place, tokens, min(DEFAULT_LENGTH, tokens) if length is None else length)
-    return _planned(resolve(str(model)), None, found, parameters or {}, options, calibration=text, quantize=quantize)
+    again = partial(
+        plan_init, method=method, parameters=parameters, calibration=calibration, tokens=tokens, length=length,
+        quantize=quantize, plugins=plugins,
+    )  # fmt: skip
+    cluster = cluster_of(options, again, str(model))
+    if cluster is not None and found.needs_calibration:
+        raise UsageError(
+            f"{found.name} runs the model layer by layer, which is not shared out to a cluster",
+            remedy="leave out --engine ray",
+        )
+    source = resolve(str(model))
+    return _planned(source, None, found, parameters or {}, options, cluster, calibration=text, quantize=quantize)
 
 
 def plan_extract(
@@ -165,7 +181,8 @@ def plan_extract(
 ) -> InitPlan:
     """Return the plan of an extraction without writing anything and without importing torch."""
     method: Method = difference.basis_method  # type: ignore[attr-defined]
-    return _planned(resolve(str(model)), resolve(str(base)), method, {}, options, energy=energy)
+    cluster = cluster_of(options, partial(plan_extract, base=str(base), energy=energy), str(model))
+    return _planned(resolve(str(model)), resolve(str(base)), method, {}, options, cluster, energy=energy)
 
 
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
@@ -173,15 +190,17 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT
-    from basiscli.engine.devices import choose_device
     from basiscli.engine.init_run import InitRun
     from basiscli.engine.partial import partial_output
     from basiscli.reports.init_card import adapter_card
     from basiscli.reports.init_report import build_init_report, part_of, peft_config
 
-    device = choose_device(plan.settings.device)
-    with partial_output(plan, progress, resume=plan.settings.resume) as output:
-        run = InitRun(plan, output, progress, device)
+    device = device_of(plan.settings)
+    with (
+        engine_of(plan, plan.settings) as engine,
+        partial_output(plan, progress, resume=plan.settings.resume) as output,
+    ):
+        run = InitRun(plan, output, progress, device, engine)
         run.run()
         report = build_init_report(run, seconds=time.monotonic() - started)
         files = {REPORT: report.as_file()}
@@ -214,6 +233,7 @@ def _planned(
     method: Method,
     parameters: Mapping[str, Any],
     options: InitOptions,
+    cluster: Cluster | None,
     *,
     energy: float | None = None,
     calibration: Calibration | None = None,
@@ -233,5 +253,5 @@ def _planned(
         target_modules=options.get("target_modules", ALL_LINEAR),
         calibration=calibration,
         out=options.get("output"),
-        settings=run_settings(options, _SETTINGS),
+        settings=run_settings(options, _SETTINGS, cluster),
     )

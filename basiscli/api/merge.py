@@ -6,12 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any, Required, Unpack
 
 from basiscli.api.settings import run_settings
 from basiscli.checkpoints.source import is_hub_id
+from basiscli.engine.cluster import EngineOptions, cluster_of, device_of, engine_of
 from basiscli.engine.local import Progress, Silent
-from basiscli.engine.merge_plan import MergePlan
+from basiscli.engine.merge_plan import RECIPE, MergePlan
 from basiscli.engine.merge_plan import plan_merge as _plan
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
@@ -25,7 +26,7 @@ class MergeResult:
     report: Report
 
 
-class MergeOptions(TypedDict, total=False):
+class MergeOptions(EngineOptions, total=False):
     """What `merge` and `plan_merge` take by name; `merge` documents each."""
 
     method: Required[str]
@@ -43,12 +44,22 @@ class MergeOptions(TypedDict, total=False):
     seed: int
     resume: bool
     overwrite: bool
+    headers_only: bool
     allow_nonfinite: bool
     allow_missing: bool
     trust_remote_code: bool
 
 
-_SETTINGS = ("device", "seed", "resume", "overwrite", "allow_nonfinite", "allow_missing", "trust_remote_code")
+_SETTINGS = (
+    "device",
+    "seed",
+    "resume",
+    "overwrite",
+    "headers_only",
+    "allow_nonfinite",
+    "allow_missing",
+    "trust_remote_code",
+)
 
 
 def merge(
@@ -79,6 +90,9 @@ def merge(
             allow_nonfinite: accept NaN and Inf.
             allow_missing: accept parameters that only some models have: the base (else the first model) wins.
             trust_remote_code: copy `*.py` files of the base into the result; nothing runs them.
+            headers_only: for `plan_merge`: accept safetensors files that end where their data would begin.
+            engine: 'local', or 'ray': the tasks are done on a Ray cluster that shares this machine's file system.
+            ray_address: of a cluster ('auto', 'host:port'); without it one is started on this machine.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`. Nothing is then left under the output's
@@ -89,9 +103,9 @@ def merge(
 
 def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) -> MergePlan:
     """Return the plan of a merge without writing anything and without importing torch; arguments as for `merge`."""
-    base, onto = options.get("base"), options.get("onto")
+    base, onto, names = options.get("base"), options.get("onto"), [str(model) for model in models]
     return _plan(
-        [str(model) for model in models],
+        names,
         Registry.with_files([Path(file) for file in options.get("plugins", ())]).find("merge", options["method"]),
         options.get("parameters", {}),
         base=None if base is None else str(base),
@@ -99,7 +113,7 @@ def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) ->
         weights=options.get("weights"),
         out=options.get("output"),
         as_adapter=options.get("as_adapter", False),
-        settings=run_settings(options, _SETTINGS),
+        settings=run_settings(options, _SETTINGS, cluster_of(options, plan_merge, names)),
     )
 
 
@@ -108,15 +122,17 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT
-    from basiscli.engine.devices import choose_device
     from basiscli.engine.merge_run import MergeRun
     from basiscli.engine.partial import partial_output
     from basiscli.reports.card import model_card
     from basiscli.reports.merge_report import build_report
 
-    device = choose_device(plan.settings.device)
-    with partial_output(plan, progress, resume=plan.settings.resume) as output:
-        run = MergeRun(plan, output, progress, device)
+    device = device_of(plan.settings)
+    with (
+        engine_of(plan, plan.settings) as engine,
+        partial_output(plan, progress, resume=plan.settings.resume) as output,
+    ):
+        run = MergeRun(plan, output, progress, device, engine)
         merging = time.monotonic()
         journal = run.run()
         now = time.monotonic()
@@ -124,10 +140,13 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
         card, warnings = model_card(plan, report)
         report = report.model_copy(update={"notes": [*report.notes, *warnings]})
         if plan.adapter_rank is None:
-            files = sidecar_files(plan.reference, plan.settings.dtype, code=plan.settings.trust_remote_code)
+            tokenizer = plan.recipe.files if plan.recipe else None
+            code = plan.settings.trust_remote_code
+            files = sidecar_files(plan.reference, plan.settings.dtype, code=code, tokenizer=tokenizer)
         else:
             files = {"adapter_config.json": _adapter_config(plan, plan.adapter_rank)}
         files |= {REPORT: report.as_file(), "README.md": card}
+        files |= {RECIPE: plan.recipe.text.encode()} if plan.recipe else {}
         output.commit(files, overwrite=plan.settings.overwrite)
     return MergeResult(plan.out, report)
 

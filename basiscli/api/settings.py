@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from basiscli.checkpoints.dtypes import parse_dtype
+from basiscli.engine.cluster import Cluster
 from basiscli.engine.local import default_workers
 from basiscli.engine.merge_plan import Settings
 from basiscli.errors import UsageError
 from basiscli.names import parse_size
 
 
-def run_settings(options: Mapping[str, Any], names: Sequence[str]) -> Settings:
+def run_settings(options: Mapping[str, Any], names: Sequence[str], cluster: Cluster | None = None) -> Settings:
     """Return the settings that `merge`, `init` and `extract` share.
 
     Args:
         options: what was given by name; absent ones have their defaults.
         names: those that are taken as they are.
+        cluster: what does the tasks, if not this machine.
 
     Raises:
         UsageError: no worker, an unknown dtype, a size that is none.
@@ -29,5 +31,6 @@ def run_settings(options: Mapping[str, Any], names: Sequence[str]) -> Settings:
         dtype=parse_dtype(dtype) if dtype else None,
         shard_bytes=parse_size(options.get("shard_size", "5GB")),
         workers=workers or default_workers(),
+        cluster=cluster,
         **{name: options[name] for name in names if name in options},
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.header import StoredTensor, TensorSpec
+from basiscli.checkpoints.nola import NolaFactors
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
@@ -61,8 +62,15 @@ class Adapter:
         """
         self.source = source
         self.config = read_json(source.path / ADAPTER_CONFIG)
-        self._refuse_variants()
+        is_random = self.config.get("peft_type") == "NOLA"
+        if not is_random:
+            self._refuse_variants()
         self.weights = Checkpoint.open(Source(source.spec, _weights_file(source)))
+        self.parts: Checkpoint | NolaFactors = self.weights
+        """What factors are read from: what is stored, or what its seed and coefficients stand for."""
+        if is_random:
+            self.parts = NolaFactors(source, self.weights)
+            self.config = self.parts.lora_config
         self.modules: dict[str, _Factors] = {}
         self.bias_deltas: dict[str, tuple[str, float]] = {}
         self.replaced: dict[str, str] = {}
@@ -71,7 +79,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
-        return max((self.weights.tensors[m.a].shape[0] for m in self.modules.values()), default=0)
+        return max((self.parts.tensors[m.a].shape[0] for m in self.modules.values()), default=0)
 
     def _refuse_variants(self) -> None:
         def refuse(what: str, remedy: str = "merge it into its base with PEFT first and give the result") -> None:
@@ -97,7 +105,7 @@ class Adapter:
         """Tell factors, bias updates and replaced tensors apart by PEFT's naming."""
         a_parts: dict[str, str] = {}
         b_parts: dict[str, str] = {}
-        for stored in self.weights.tensors:
+        for stored in self.parts.tensors:
             name = stored.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
             module, _, part = name.rpartition(".lora_")
             match part:
@@ -120,7 +128,7 @@ class Adapter:
         if not a_parts and not self.replaced:
             raise InputError("the adapter holds no LoRA factors", file=self.weights.files[0])
         for module, a in a_parts.items():
-            rank, other = self.weights.tensors[a].shape[0], self.weights.tensors[b_parts[module]].shape[1:2]
+            rank, other = self.parts.tensors[a].shape[0], self.parts.tensors[b_parts[module]].shape[1:2]
             if other != (rank,):
                 raise InputError(f"factor A has rank {rank}, B has {other}", file=self.weights.files[0], tensor=a)
             expected = self._rank_of(module)
@@ -192,7 +200,7 @@ class AdapterView:
     def rank_of(self, name: str) -> int:
         """Return the rank of the update of a weight, 0 where it has none."""
         factors = self._factors.get(name)
-        return self.adapter.weights.tensors[factors.a].shape[0] if factors else 0
+        return self.adapter.parts.tensors[factors.a].shape[0] if factors else 0
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Return (out_features, in_features) of a linear weight, which Conv1D stores the other way round."""
@@ -206,8 +214,8 @@ class AdapterView:
             return None
         from basiscli.linalg.lowrank import LowRank
 
-        a = self.adapter.weights.read(factors.a).float()
-        b = self.adapter.weights.read(factors.b).float()
+        a = self.adapter.parts.read(factors.a).float()
+        b = self.adapter.parts.read(factors.b).float()
         if factors.embedding or self.is_transposed(name):
             a, b = b.mT, a.mT
         return LowRank(b.reshape(len(b), -1) * factors.scaling, a.reshape(len(a), -1), self.tensors[name].shape)
@@ -236,7 +244,7 @@ class AdapterView:
         if len(shape) != 2 or (factors is not None and factors.embedding):
             return False
         if factors is not None and shape[0] != shape[1]:
-            return shape[0] == self.adapter.weights.tensors[factors.a].shape[1]
+            return shape[0] == self.adapter.parts.tensors[factors.a].shape[1]
         # A square matrix, or one this adapter leaves alone: only the module's type tells.
         conv1d = self.base.config.get("model_type") in CONV1D_MODELS
         return conv1d or bool(self.adapter.config.get("fan_in_fan_out"))
@@ -253,7 +261,7 @@ class AdapterView:
         weights = self.adapter.weights
         if name in self._factors:
             factors = self._factors[name]
-            a, b = weights.tensors[factors.a].shape, weights.tensors[factors.b].shape
+            a, b = self.adapter.parts.tensors[factors.a].shape, self.adapter.parts.tensors[factors.b].shape
             found = (b[0], *a[1:])
             fits = target.shape in (found, found[::-1]) if len(target.shape) == 2 else target.shape == found
         else:

@@ -63,6 +63,19 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def with_layer(name: str, layer: int) -> str:
+    """Return the name that a tensor of a layer has in another layer."""
+    match = _LAYER.search(name)
+    assert match is not None  # `layer_of` tells
+    return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"
+
+
+def comes_first(name: str) -> bool:
+    """Return whether a tensor outside the layers is used before them: embeddings, and norms among them."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return ("embed" in name and module != "embed_out") or module in {"wte", "wpe", "shared"}
+
+
 def is_buffer(tensor: TensorSpec) -> bool:
     """Return whether a tensor is derived state that no training changes: position ids, masks, rotary frequencies."""
     # GPT-2's causal mask is `attn.bias`, four-dimensional; an attention bias of one dimension is a parameter.

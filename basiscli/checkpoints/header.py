@@ -61,8 +61,12 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path, *, headers_only: bool = False) -> Header:
     """Read and check the header of one file.
+
+    Args:
+        file: a safetensors file.
+        headers_only: take a file that ends where its data would begin, too; what it says is checked all the same.
 
     Raises:
         InputError: if the file is missing, is no safetensors file, is truncated or too long, or its header lies about
@@ -92,6 +96,8 @@ def read_header(file: Path) -> Header:
         raise InputError("the header's metadata is not a table of strings", file=file, remedy=_REFETCH)
     data_start = 8 + length
     tensors = {name: _parse_entry(name, entry, file, data_start) for name, entry in entries.items()}
+    if headers_only and size == data_start:
+        size += sum(tensor.nbytes for tensor in tensors.values())
     _check_layout(tensors.values(), file, data_start, size)
     return Header(tensors, metadata)
 

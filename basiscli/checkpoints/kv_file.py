@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "kv_projection.json"
 BASES_FILE = "kv_projection.safetensors"
 FORMAT = 1
+Prefill = Literal["compressed", "exact"]
+"""How a prompt attends to itself; what later tokens see of it is compressed either way."""
 _AGAIN = "make the folder again with `basis compress`"
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.dtypes import DTYPES
+from basiscli.checkpoints.source import leads_out
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import REPORT
+from basiscli.errors import InputError
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".bpe", ".vocab"}
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
@@ -22,21 +25,30 @@ _NOT = {
     "train_results.json",
     "eval_results.json",
 }
+_TOKENIZER = {
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
 _MAX_BYTES = 100_000_000
 
 
-def sidecar_files(reference: Checkpoint, dtype: str | None, *, code: bool) -> dict[str, bytes]:
+def sidecar_files(
+    reference: Checkpoint, dtype: str | None, *, code: bool, tokenizer: Mapping[str, bytes] | None = None
+) -> dict[str, bytes]:
     """Return the files to put beside a full checkpoint, by their names in the folder.
 
     Args:
         reference: the checkpoint to take them from.
         dtype: a new storage dtype to write into the config.
         code: also take `*.py` files, which are copied and never run.
+        tokenizer: files of a tokenizer that replaces the checkpoint's own.
     """
     folder = reference.source.folder
-    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if _belongs(file, code=code)}
+    files = {file.name: _content(file) for file in sorted(folder.iterdir()) if _belongs(file, code=code)}
     for module in _sentence_transformers_folders(folder):
-        files |= {f"{module.name}/{f.name}": f.read_bytes() for f in sorted(module.iterdir()) if f.suffix == ".json"}
+        files |= {f"{module.name}/{f.name}": _content(f) for f in sorted(module.iterdir()) if f.suffix == ".json"}
+    if tokenizer is not None:
+        files = {name: content for name, content in files.items() if name not in _TOKENIZER} | dict(tokenizer)
     if reference.config:
         files["config.json"] = (json.dumps(_config(reference.config, dtype), indent=2, sort_keys=True) + "\n").encode()
     return files
@@ -80,6 +92,12 @@ def _belongs(file: Path, *, code: bool) -> bool:
     return file.suffix in wanted and not file.name.startswith("adapter_") and file.stat().st_size <= _MAX_BYTES
 
 
+def _content(file: Path) -> bytes:
+    if leads_out(file):
+        raise InputError("a link that leads out of the folder", file=file, remedy="put the file itself in its place")
+    return file.read_bytes()
+
+
 def _sentence_transformers_folders(folder: Path) -> list[Path]:
     """Return the sub-folders that a sentence-transformers model lists in `modules.json`, if they are inside it."""
     try:
@@ -91,6 +109,7 @@ def _sentence_transformers_folders(folder: Path) -> list[Path]:
         folder / name
         for name in names
         if name not in {"", ".", ".."} and name == Path(name).name and (folder / name).is_dir()
+        if not leads_out(folder / name)
     ]
 
 

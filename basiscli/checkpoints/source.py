@@ -13,6 +13,7 @@ from basiscli.errors import HubError, InputError
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ADAPTER_CONFIG = "adapter_config.json"
+_MOST_JSON = 200_000_000  # an index of a million tensors; more would only fill the memory
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,20 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
+def leads_out(file: Path) -> bool:
+    """Return whether a file is really one outside of its folder.
+
+    Such links, in a folder that a stranger made, would carry files of this machine into what is written and pushed. The
+    Hub's cache is made of links to its blobs; these count as inside.
+    """
+    real = file.resolve()
+    inside = [file.parent]
+    for snapshot in file.parents:
+        if snapshot.parent.name == "snapshots":
+            inside += [snapshot.parents[1] / "blobs", snapshot.parents[2] / "blobs"]  # of the model, of the whole cache
+    return not any(real.is_relative_to(folder.resolve()) for folder in inside)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object from a file; an absent file is an empty table.
 
@@ -144,6 +159,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
+    if leads_out(file):
+        raise InputError("a link that leads out of the folder", file=file, remedy="put the file itself in its place")
+    if file.stat().st_size > _MOST_JSON:
+        raise InputError(f"more than {_MOST_JSON // 10**6} MB of JSON", file=file, remedy="restore the file")
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

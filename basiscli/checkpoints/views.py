@@ -6,7 +6,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,25 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safete
 class Checkpoint:
     """Tensors of a folder of safetensors files, or of one file, by name."""
 
-    def __init__(self, source: Source, headers: dict[Path, Header], tensors: dict[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        files: Iterable[Path],
+        tensors: dict[str, StoredTensor],
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.source = source
-        self.files = sorted(headers)
+        self.files = sorted(files)
         self.tensors = tensors
+        self._config = config
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, source: Source) -> Checkpoint:
+    def open(cls, source: Source, *, headers_only: bool = False) -> Checkpoint:
         """Read the headers of every shard; pickled and GGUF files are turned into safetensors in the cache first.
+
+        With `headers_only` files may end where their data would begin: enough to plan with, and nothing can be read.
 
         Raises:
             InputError: no weights, a missing shard, an index that lies or points elsewhere, or a bad header.
@@ -52,13 +61,18 @@ class Checkpoint:
             files, where = _weight_files(path)
             if (path / "config.json").is_file():
                 source = Source(source.spec, path, source.repo_id, source.revision)
-        headers = {file: read_header(file) for file in files}
+        headers = {file: read_header(file, headers_only=headers_only) for file in files}
         return cls(source, headers, _collect(headers, where))
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`."""
-        return self.source.config
+        """The model's `config.json`, or what it would be for tensors that were taken from several models."""
+        return self.source.config if self._config is None else self._config
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether this is made of parts of checkpoints, and no checkpoint as it lies on the disk."""
+        return self._config is not None
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Return a tensor, or rows of it (a slice of its first dimension), in its storage dtype on the CPU.

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +44,58 @@ def replaced_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.replaced")
 
 
-class PartialOutput:
+class Shards:
+    """The files of an output while they are being filled, and the scratch space beside them."""
+
+    def __init__(self, out: Path, layout: Layout) -> None:
+        self.out, self.layout = out, layout
+        self.folder = partial_folder(out)
+        self.scratch = self.folder / SCRATCH
+        self._places = _places(layout)
+        self._descriptors: dict[str, int] = {}
+
+    @classmethod
+    def join(cls, out: Path, layout: Layout, fingerprint: str) -> Shards:
+        """Open the files of a run on another machine, whose journal stays its own.
+
+        They are opened for writing alone. A network file system's client that may also read keeps whole pages, and
+        would write the bytes of other machines' tensors on them back as it found them.
+
+        Raises:
+            OSError: they are not there, or of another run.
+        """
+        shards = cls(out, layout)
+        with (shards.folder / JOURNAL).open("rb") as journal:
+            if json.loads(journal.readline()) != {"fingerprint": fingerprint}:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(shards.folder))
+        for shard in layout.shards:
+            shards._descriptors[shard.file] = os.open(shards.folder / shard.file, os.O_WRONLY)
+        return shards
+
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> memoryview:
+        """Write a tensor, or consecutive rows of it from `row` on, at its place; return the bytes that were written."""
+        data = raw_bytes(tensor.cpu())
+        file, offset = self._places[name]
+        row_bytes = len(data) // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 0
+        _write_all(self._descriptors[file], data, offset + row * row_bytes, self.folder / file)
+        return data
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk, where other machines find it."""
+        for file, descriptor in self._descriptors.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise _disk_error(error, self.folder / file) from error
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+class PartialOutput(Shards):
     """`OUT.partial/`: shards being filled, the journal of what is finished, and scratch space."""
 
     def __init__(self, out: Path, layout: Layout, fingerprint: str, *, resume: bool) -> None:
@@ -53,14 +105,10 @@ class PartialOutput:
             UsageError: if another process is writing this output.
             ResourceError: if the disk cannot hold it.
         """
-        self.out, self.layout = out, layout
-        self.folder = partial_folder(out)
-        self.scratch = self.folder / SCRATCH
+        super().__init__(out, layout)
         self.finished: dict[str, dict[str, Any]] = {}
         self.resumed = 0
         """Number of pieces of work that an earlier run left finished."""
-        self._places = _places(layout)
-        self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._journal = self._lock_journal()
         try:
@@ -85,14 +133,6 @@ class PartialOutput:
                 self._descriptors[shard.file] = os.open(self.folder / shard.file, os.O_RDWR)
         except OSError as error:
             raise _disk_error(error, self.folder) from error
-
-    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> memoryview:
-        """Write a tensor, or consecutive rows of it from `row` on, at its place; return the bytes that were written."""
-        data = raw_bytes(tensor.cpu())
-        file, offset = self._places[name]
-        row_bytes = len(data) // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 0
-        _write_all(self._descriptors[file], data, offset + row * row_bytes, self.folder / file)
-        return data
 
     def digest_on_disk(self, name: str) -> str:
         """Return the digest of a tensor's bytes as they are in the file."""
@@ -129,8 +169,7 @@ class PartialOutput:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
                 _sync(target)
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+            self.sync()
             for folder in {(self.folder / name).parent for name in [*files, *self._descriptors]} | {self.folder}:
                 _sync(folder)
             self._take_the_name(overwrite)
@@ -148,9 +187,8 @@ class PartialOutput:
 
     def close(self) -> None:
         """Close the files and let go of the lock; what is finished stays for the next run."""
-        for descriptor in [*self._descriptors.values(), self._journal]:
-            os.close(descriptor)
-        self._descriptors.clear()
+        super().close()
+        os.close(self._journal)
         self._journal = os.open(os.devnull, os.O_WRONLY)
 
     def _take_the_name(self, overwrite: bool) -> None:
@@ -240,8 +278,10 @@ def write_file(file: Path, tensors: Iterable[TensorSpec], data: Iterable[torch.T
     """
     header, _ = encode_header(tensors, METADATA)
     state, position = hashlib.sha256(header), len(header)
+    # Under its name only when it is whole: a worker that was given up for lost may still be writing the same file.
+    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
         raise _disk_error(error, file) from error
     try:
@@ -251,8 +291,10 @@ def write_file(file: Path, tensors: Iterable[TensorSpec], data: Iterable[torch.T
             _write_all(descriptor, chunk, position, file)
             state.update(chunk)
             position += len(chunk)
+        unfinished.replace(file)
     finally:
         os.close(descriptor)
+        unfinished.unlink(missing_ok=True)
     return state.hexdigest()
 
 

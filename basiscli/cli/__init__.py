@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from basiscli.cli import compress, demo, diff, evaluate, expand, init, inspect, merge, methods, verify
+from basiscli.cli import (
+    compress,
+    demo,
+    diff,
+    evaluate,
+    expand,
+    init,
+    inspect,
+    merge,
+    methods,
+    push,
+    report,
+    run,
+    verify,
+)
 from basiscli.version import __version__
 
 app = typer.Typer(
@@ -26,9 +40,12 @@ app.command("init")(init.init)
 app.command("extract")(init.extract)
 app.command("expand")(expand.expand)
 app.command("eval")(evaluate.evaluate)
+app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
+app.command("report")(report.report)
 app.command("verify")(verify.verify)
+app.command("push")(push.push)
 app.add_typer(methods.app, name="methods")
 app.command("demo")(demo.demo)
 

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.after import After, known_numbers
+from basiscli.cli.nola import compress_adapter
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.save_recipe import saved
 
 if TYPE_CHECKING:
     from basiscli.engine.kv_plan import KVPlan
     from basiscli.reports.schema import Report
 
 _TRAINING = "Training and search"
+_NOLA = "An adapter: --method nola"
 
 
 def compress(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name@revision).")] = ".",
+    model: Annotated[str, typer.Argument(help="Folder or Hub id (org/name@revision); with nola an adapter.")] = ".",
     kv_ratio: Annotated[
         float | None, typer.Option("--kv-ratio", help="Share of the KV cache to remove: 0.6 leaves 40 % of its bytes.")
     ] = None,
@@ -36,7 +40,9 @@ def compress(
             help="Text, JSONL, a folder, or safetensors tokens. [default: a small built-in mix]", show_default=False
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="`basis methods` lists them.")] = "matryoshka",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="`basis methods` lists them; nola is for LoRA adapters.")
+    ] = "matryoshka",
     parameters: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value of the method; repeatable.")
     ] = None,
@@ -54,6 +60,35 @@ def compress(
         str,
         typer.Option(help="How ranks are found: greedy, spectrum or uniform.", rich_help_panel=_TRAINING),
     ] = "greedy",
+    bases: Annotated[
+        int | None, typer.Option(help="Random matrices a factor.", show_default=False, rich_help_panel=_NOLA)
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            "-r",
+            help="Of the result. [default: what the bases span]",
+            show_default=False,
+            rich_help_panel=_NOLA,
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of a coefficient: 16, 8 or 4.", rich_help_panel=_NOLA)] = 16,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base. [default: the adapter's]", show_default=False, rich_help_panel=_NOLA),
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Without a base: match the matrices.", rich_help_panel=_NOLA)
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Steps on the adapter's logits.", rich_help_panel=_NOLA)] = 200,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of those, as a share of the coefficients' size.", rich_help_panel=_NOLA)
+    ] = 0.02,
+    min_fidelity: Annotated[
+        float, typer.Option(help="Share of the effect that must survive.", rich_help_panel=_NOLA)
+    ] = 0.5,
+    force: Annotated[bool, typer.Option("--force", help="Write it all the same.", rich_help_panel=_NOLA)] = False,
     dtype: options.Dtype = None,
     plugin: options.Plugins = None,
     device: options.Device = "auto",
@@ -63,6 +98,12 @@ def compress(
     dry_run: options.DryRun = False,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
+    fail_if: options.FailIf = None,
+    push_to: options.PushTo = None,
+    private: options.Private = False,
+    create_pr: options.CreatePr = False,
+    save_recipe: options.SaveRecipe = None,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
@@ -72,12 +113,28 @@ def compress(
     `basis compress --kv-ratio 0.6` inside a checkpoint folder `m` writes `../m-kv0.6`, which `basiscli.load` opens. A
     result can be compressed again at another ratio: its bases stay, only the ranks are searched. An interrupted run
     goes on where it stopped when the same command is given again.
+
+    `basis compress ADAPTER --method nola --bases 256` makes a LoRA adapter smaller: a seed and two times 256
+    coefficients a module, of which the report says how much of the adapter's effect they keep.
     """
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.compress import plan_compress, run_compress
 
-        plan = plan_compress(
+        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        if method == "nola":
+            from basiscli.api.nola import plan_adapter
+
+            given = {
+                "base": base, "rank": rank, "bits": bits, "output": output, "calibration": calibration,
+                "weights_only": weights_only, "steps": steps, "batch": batch, "length": length,
+                "learning_rate": learning_rate, "min_fidelity": min_fidelity, "force": force, "device": device,
+                "seed": seed, "overwrite": overwrite,
+            }  # fmt: skip
+            planner = saved(save_recipe, "compress", plan_adapter, fail_if=fail_if, push_to=push_to, method="nola")
+            compress_adapter(out, after, planner, model, bases=bases, dry_run=dry_run, options=given)
+            return
+        plan = saved(save_recipe, "compress", plan_compress, fail_if=fail_if, push_to=push_to)(
             model,
             kv_ratio=kv_ratio,
             kv_budget=kv_budget,
@@ -104,12 +161,13 @@ def compress(
             plan.close()
             out.result(_plan_document(plan), lambda: _show_plan(out, plan))
             return
+        after.before(known_numbers(plan.method))
         for note in [*plan.notes, *_forecast(plan)]:
             out.note(f"note: {note}")
         result = run_compress(plan, out.progress())
         out.note(_summary(result.report))
         document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-        out.result(document, lambda: out.line(str(result.path)))
+        after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
 
 
 def _forecast(plan: KVPlan) -> list[str]:

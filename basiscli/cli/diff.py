@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
 
 if TYPE_CHECKING:
     from basiscli.api.diff import Differences
@@ -18,11 +18,12 @@ def diff(
     b: Annotated[str, typer.Argument(help="What to compare it with.")],
     base: Annotated[str | None, typer.Option(help="The base of an adapter. [default: the one it names]")] = None,
     top: Annotated[int, typer.Option(help="Show this many tensors, the most different first; 0 for all.")] = 20,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show how two checkpoints differ, tensor by tensor. Streams: memory does not grow with the model."""
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.diff import diff as api_diff
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.after import After
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.save_recipe import saved
 
 if TYPE_CHECKING:
     from basiscli.api.evaluate import Evaluation
@@ -33,28 +35,34 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded for each timing.")] = 16,
     device: options.Device = "auto",
+    fail_if: options.FailIf = None,
+    save_recipe: options.SaveRecipe = None,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
 ) -> None:
     """Measure perplexity, next-token accuracy, cache size and speed of a model, alone or against another."""
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.evaluate import evaluate as measure
+        from basiscli.api.evaluate import number_names
 
-        result = measure(
+        after, lengths = After(out, fail_if=fail_if), options.parse_integers("--contexts", contexts)
+        after.before(number_names(pair=against is not None, contexts=lengths))
+        result = saved(save_recipe, "eval", measure, fail_if=fail_if)(
             model,
             text=text,
             against=against,
             length=length,
             windows=windows,
             prefill=options.one_of("--prefill", prefill, ("compressed", "exact")),  # type: ignore[arg-type]
-            contexts=options.parse_integers("--contexts", contexts),
+            contexts=lengths,
             new_tokens=new_tokens,
             device=device,
             progress=out.progress(),
         )
-        out.result(result.as_dict(), lambda: _show(out, result))
+        after.done(result.as_dict(), lambda: _show(out, result), numbers=result.numbers, path=None)
 
 
 def _show(out: Output, result: Evaluation) -> None:

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.after import After
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.save_recipe import saved
 
 
 def expand(
@@ -26,17 +28,25 @@ def expand(
         typer.Option("--output", "-o", help="Folder to make. [default: ./ADAPTER-merged or -lora]", show_default=False),
     ] = None,
     overwrite: options.Overwrite = False,
+    push_to: options.PushTo = None,
+    private: options.Private = False,
+    create_pr: options.CreatePr = False,
+    save_recipe: options.SaveRecipe = None,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
 ) -> None:
     """Turn an adapter into what everything can load: plain LoRA of the original base, or a full checkpoint."""
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.expand import expand as api_expand
 
-        done = api_expand(
+        after = After(out, push_to=push_to, private=private, create_pr=create_pr)
+        after.before(None)
+        done = saved(save_recipe, "expand", api_expand, push_to=push_to)(
             adapter, initial=initial, base=base, output=output, overwrite=overwrite, progress=out.progress()
         )
         out.note(f"{done.kind}: {done.modules} modules")
-        out.result(asdict(done) | {"path": str(done.path)}, lambda: out.line(str(done.path)))
+        document = asdict(done) | {"path": str(done.path)}
+        after.done(document, lambda: out.line(str(done.path)), numbers={}, path=done.path)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.after import After, known_numbers
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.save_recipe import saved
 
 if TYPE_CHECKING:
     from basiscli.engine.init_plan import InitPlan
@@ -62,6 +64,9 @@ def init(
     ] = None,
     whiten: Annotated[bool, typer.Option("--whiten", help="eva: scale A to inputs of variance 1.")] = False,
     no_center: Annotated[bool, typer.Option("--no-center", help="eva: leave the inputs' mean in.")] = False,
+    bases: Annotated[
+        int | None, typer.Option(help="nola: random matrices a factor. [default: 1024]", show_default=False)
+    ] = None,
     parameters: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value of the method; repeatable.")
     ] = None,
@@ -71,10 +76,18 @@ def init(
     device: options.Device = "auto",
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
     dry_run: options.DryRun = False,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
+    fail_if: options.FailIf = None,
+    push_to: options.PushTo = None,
+    private: options.Private = False,
+    create_pr: options.CreatePr = False,
+    save_recipe: options.SaveRecipe = None,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
@@ -84,13 +97,14 @@ def init(
     `OUT/adapter` is plain PEFT and loads on `OUT/residual`; together they are the model. eva's loads on
     the model itself.
     """
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.init import plan_init
 
-        named = {"rho": rho, "whiten": whiten or None, "center": False if no_center else None}
+        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        named = {"rho": rho, "whiten": whiten or None, "center": False if no_center else None, "bases": bases}
         given = options.parse_parameters(parameters or []) | {n: v for n, v in named.items() if v is not None}
-        plan = plan_init(
+        plan = saved(save_recipe, "init", plan_init, fail_if=fail_if, push_to=push_to)(
             model,
             method=method,
             parameters=given,
@@ -109,12 +123,15 @@ def init(
             dtype=dtype,
             shard_size=shard_size,
             workers=workers,
+            engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
+            ray_address=ray_address,
             seed=seed,
             resume=resume,
             overwrite=overwrite,
+            headers_only=dry_run,
             allow_nonfinite=allow_nonfinite,
         )
-        _finish(out, plan, dry_run=dry_run)
+        _finish(out, plan, after, dry_run=dry_run)
 
 
 def extract(
@@ -139,20 +156,29 @@ def extract(
     allow_nonfinite: options.AllowNonfinite = False,
     device: options.Device = "auto",
     workers: options.Workers = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
     dry_run: options.DryRun = False,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
+    fail_if: options.FailIf = None,
+    push_to: options.PushTo = None,
+    private: options.Private = False,
+    create_pr: options.CreatePr = False,
+    save_recipe: options.SaveRecipe = None,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
 ) -> None:
     """Take a fine-tune out of a model as a LoRA adapter of its base (truncated SVD of the difference)."""
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.init import plan_extract
 
-        plan = plan_extract(
+        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        plan = saved(save_recipe, "extract", plan_extract, fail_if=fail_if, push_to=push_to)(
             model,
             base=base,
             energy=energy,
@@ -165,12 +191,15 @@ def extract(
             device=device,
             dtype=dtype,
             workers=workers,
+            engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
+            ray_address=ray_address,
             seed=seed,
             resume=resume,
             overwrite=overwrite,
+            headers_only=dry_run,
             allow_nonfinite=allow_nonfinite,
         )
-        _finish(out, plan, dry_run=dry_run)
+        _finish(out, plan, after, dry_run=dry_run)
 
 
 def _targets(text: str) -> str | list[str]:
@@ -180,16 +209,19 @@ def _targets(text: str) -> str | list[str]:
     return words if plain and text != "all-linear" else text
 
 
-def _finish(out: Output, plan: InitPlan, *, dry_run: bool) -> None:
+def _finish(out: Output, plan: InitPlan, after: After, *, dry_run: bool) -> None:
     from basiscli.api.init import run_init
 
     if dry_run:
         plan.close()
         out.result(_plan_document(plan), lambda: _show_plan(out, plan))
         return
+    after.before(known_numbers(plan.method))
     for note in plan.notes:
         out.note(f"note: {note}")
     result = run_init(plan, out.progress())
+    for note in result.report.notes[len(plan.notes) :]:
+        out.note(f"warning: {note}", warning=True)
     out.note(_summary(result.report))
     document: dict[str, Any] = {  # the report has `adapter` for itself
         "output": str(result.path),
@@ -197,7 +229,7 @@ def _finish(out: Output, plan: InitPlan, *, dry_run: bool) -> None:
         "residual_folder": str(result.residual) if result.residual else None,
     }
     document |= json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-    out.result(document, lambda: out.line(str(result.path)))
+    after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
 
 
 def _summary(report: Report) -> str:
@@ -207,6 +239,11 @@ def _summary(report: Report) -> str:
     assert adapter is not None
     error = f"; residual + adapter is the model to {numbers['error_most']:.1e}" if "error_most" in numbers else ""
     least, most = numbers["rank_least"], numbers["rank_most"]
+    if adapter.trains == "coefficients":
+        return (
+            f"{numbers['modules']:.0f} modules of rank {least:.0f}, {numbers['adapter_parameters']:,.0f} coefficients, "
+            f"{format_size(cost.written_bytes)}; the base stays as it is"
+        )
     of_data = adapter.calibration and "error_most" not in numbers
     nf4 = f"; in NF4 its error is {numbers['nf4_error_reduction']:.1%} below QLoRA’s" if adapter.quantize else ""
     text = f" on {adapter.calibration.tokens:,} tokens" if adapter.calibration else ""
@@ -220,6 +257,8 @@ def _summary(report: Report) -> str:
 
 
 def _plan_document(plan: InitPlan) -> dict[str, Any]:
+    from basiscli.engine.pricing import init_price
+
     return {
         "output": str(plan.out),
         "method": plan.method.name,
@@ -234,18 +273,21 @@ def _plan_document(plan: InitPlan) -> dict[str, Any]:
         "modules": list(plan.targets.values()),
         "write_bytes": plan.expected_bytes,
         "peak_bytes": plan.peak_bytes,
+        "price": init_price(plan).as_dict(),
         "notes": plan.notes,
     }
 
 
 def _show_plan(out: Output, plan: InitPlan) -> None:
+    from basiscli.engine.pricing import init_price
     from basiscli.names import format_size
 
     out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
     rank = f"rank {plan.rank}" if plan.ranks_known else f"mean rank {plan.rank}"
     if plan.energy is not None:
         rank = f"what rank {plan.energy:.0%} of the energy takes, {plan.rank} at most"
-    form = "singular values trained" if plan.trains_values else f"scaling {plan.scaling(plan.rank):g}"
+    trained = {"values": "singular values trained", "coefficients": "coefficients of random bases trained"}
+    form = trained.get(plan.method.trains, f"scaling {plan.scaling(plan.rank):g}")
     out.line(f"{len(plan.targets)} modules of {rank}, {form}")
     if plan.quantize is not None:
         out.line(f"factors make up for a residual in {plan.quantize}")
@@ -254,4 +296,7 @@ def _show_plan(out: Output, plan: InitPlan) -> None:
         out.line(f"inputs of {plan.calibration.tokens:,} tokens in windows of {plan.calibration.length}: {text}")
     for note in plan.notes:
         out.line(f"note: {note}")
-    out.line(f"write {format_size(plan.expected_bytes)}, memory for tensors at most {format_size(plan.peak_bytes)}")
+    price = init_price(plan)
+    memory = f"memory for tensors at most {format_size(plan.peak_bytes)}"
+    out.line(f"read {format_size(price.read_bytes)}, write {format_size(plan.expected_bytes)}, {memory}")
+    out.line(price.sentence())

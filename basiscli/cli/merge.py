@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.after import After, known_numbers
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.save_recipe import saved
 
 if TYPE_CHECKING:
     from basiscli.engine.merge_plan import MergePlan
@@ -34,19 +36,24 @@ def merge(
     as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write a LoRA adapter (ortho of adapters).")] = False,
     dtype: options.Dtype = None,
     allow_nonfinite: options.AllowNonfinite = False,
-    allow_missing: Annotated[
-        bool,
-        typer.Option("--allow-missing", help="Accept parameters that only some models have: the base's names win."),
-    ] = False,
+    allow_missing: options.AllowMissing = False,
     trust_remote_code: options.TrustRemoteCode = False,
     plugin: options.Plugins = None,
     device: options.Device = "auto",
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
     dry_run: options.DryRun = False,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
+    fail_if: options.FailIf = None,
+    push_to: options.PushTo = None,
+    private: options.Private = False,
+    create_pr: options.CreatePr = False,
+    save_recipe: options.SaveRecipe = None,
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
@@ -56,11 +63,12 @@ def merge(
     `basis merge a b c --method ortho` writes `./merge-ortho`: weights, configuration, tokenizer, model card and report.
     An interrupted run goes on where it stopped when the same command is given again.
     """
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
-        from basiscli.api.merge import plan_merge, run_merge
+        from basiscli.api.merge import plan_merge
 
-        plan = plan_merge(
+        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        plan = saved(save_recipe, "merge", plan_merge, fail_if=fail_if, push_to=push_to)(
             models,
             method=method,
             base=base,
@@ -74,25 +82,36 @@ def merge(
             dtype=dtype,
             shard_size=shard_size,
             workers=workers,
+            engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
+            ray_address=ray_address,
             seed=seed,
             resume=resume,
             overwrite=overwrite,
+            headers_only=dry_run,
             allow_nonfinite=allow_nonfinite,
             allow_missing=allow_missing,
             trust_remote_code=trust_remote_code,
         )
-        if dry_run:
-            plan.close()
-            out.result(_plan_document(plan), lambda: _show_plan(out, plan))
-            return
-        for note in plan.notes:
-            out.note(f"note: {note}")
-        result = run_merge(plan, out.progress())
-        for note in result.report.notes[len(plan.notes) :]:
-            out.note(f"warning: {note}", warning=True)
-        out.note(_summary(result.report))
-        document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-        out.result(document, lambda: out.line(str(result.path)))
+        carry_out(plan, out, after, dry_run=dry_run)
+
+
+def carry_out(plan: MergePlan, out: Output, after: After, *, dry_run: bool) -> None:
+    """Show a plan, or do what it says and show what came of it."""
+    from basiscli.api.merge import run_merge
+
+    if dry_run:
+        plan.close()
+        out.result(_plan_document(plan), lambda: _show_plan(out, plan))
+        return
+    after.before(known_numbers(plan.method))
+    for note in plan.notes:
+        out.note(f"note: {note}")
+    result = run_merge(plan, out.progress())
+    for note in result.report.notes[len(plan.notes) :]:
+        out.note(f"warning: {note}", warning=True)
+    out.note(_summary(result.report))
+    document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
+    after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
 
 
 def _summary(report: Report) -> str:
@@ -118,10 +137,12 @@ def _summary(report: Report) -> str:
 
 
 def _plan_document(plan: MergePlan) -> dict[str, Any]:
+    from basiscli.engine.pricing import merge_price
+
     return {
         "output": str(plan.out),
         "method": plan.method.name,
-        "parameters": plan.values.model_dump(mode="json"),
+        "parameters": plan.parameters,
         "base": plan.base.source.spec if plan.base else None,
         "models": [model.source.spec for model in plan.models],
         "weights": plan.weights,
@@ -129,6 +150,7 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
         "write_bytes": plan.write_bytes,
         "scratch_bytes": plan.scratch_bytes,
         "peak_bytes": plan.peak_bytes,
+        "price": merge_price(plan).as_dict(),
         "notes": plan.notes,
         "files": [{"name": shard.file, "bytes": shard.nbytes} for shard in plan.layout.shards],
         "tensors": [
@@ -140,9 +162,10 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
 
 
 def _show_plan(out: Output, plan: MergePlan) -> None:
+    from basiscli.engine.pricing import merge_price
     from basiscli.names import format_size
 
-    parameters = "".join(f" {name}={value}" for name, value in plan.values)
+    parameters = "".join(f" {name}={value}" for name, value in plan.parameters.items())
     out.line(f"{plan.method.name}{parameters} → {plan.out}")
     rows = [["base", plan.base.source.spec]] if plan.base else []
     rows += [[f"model {n}", model.source.spec] for n, model in enumerate(plan.models, start=1)]
@@ -158,3 +181,4 @@ def _show_plan(out: Output, plan: MergePlan) -> None:
         f"read {format_size(plan.read_bytes)}, write {format_size(plan.write_bytes)}{scratch}, "
         f"memory for tensors at most {format_size(plan.peak_bytes)} with {plan.settings.workers} workers"
     )
+    out.line(merge_price(plan).sentence())

@@ -88,6 +88,8 @@ def _document(method: Method) -> dict[str, Any]:
 
 
 def _show(out: Output, found: list[Method]) -> None:
+    from basiscli.model_parameters import is_per_model, limits_of
+
     for method in found:
         out.line(f"basis {method.family} --method {method.name}")
         out.line()
@@ -95,8 +97,13 @@ def _show(out: Output, found: list[Method]) -> None:
         out.line()
         rows = []
         for name, field in method.parameters.model_fields.items():
-            kind = getattr(field.annotation, "__name__", str(field.annotation))
-            limits = ", ".join(str(limit) for limit in field.metadata)
+            one_each = is_per_model(field)
+            kind = (
+                "number, or a list with one a model"
+                if one_each
+                else getattr(field.annotation, "__name__", str(field.annotation))
+            )
+            limits = ", ".join(str(limit) for limit in limits_of(field))
             rows.append(
                 [
                     name,
@@ -109,6 +116,9 @@ def _show(out: Output, found: list[Method]) -> None:
         if rows:
             out.table(["parameter", "type", "default", "range", "meaning"], rows)
             out.line()
+        if method.family == "merge":
+            fewest, most = method.models
+            out.line(f"models: {fewest}" + (" or more" if most is None else f" to {most}" if most > fewest else ""))
         takes = "base needed" if method.needs_base else "no base needed"
         out.line(f"{takes}; {'takes --weights' if 'weights' in method.wants else 'no weights'}")
         if method.source:

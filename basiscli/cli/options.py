@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from basiscli.cli.output import ProgressStyle
 from basiscli.errors import UsageError
 
 _EXECUTION = "How it runs"
+_AFTER = "What follows"
 
 
 def _read_config(context: typer.Context, file: Path | None) -> Path | None:
@@ -35,6 +37,43 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
+Progress = Annotated[
+    ProgressStyle,
+    typer.Option("--progress", help="Bars on a terminal, or json: one JSON object a line on stderr."),
+]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar="CONDITION",
+        help="Exit code 4, and no push, if this is true of the report's numbers: 'kl > 0.1'; repeatable.",
+        rich_help_panel=_AFTER,
+    ),
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to",
+        metavar="ORG/NAME[@BRANCH]",
+        help="Push the result to the Hub.",
+        show_default=False,
+        rich_help_panel=_AFTER,
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the model private on the Hub.", rich_help_panel=_AFTER)]
+CreatePr = Annotated[
+    bool, typer.Option("--create-pr", help="Open a pull request instead of committing.", rich_help_panel=_AFTER)
+]
+SaveRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-recipe",
+        metavar="FILE",
+        help="Write this command as a recipe for `basis run`.",
+        show_default=False,
+        rich_help_panel=_AFTER,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -59,6 +98,19 @@ Workers = Annotated[
         rich_help_panel=_EXECUTION,
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(help="local, or ray: a cluster that shares this machine's files.", rich_help_panel=_EXECUTION),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="The cluster; auto finds it. [default: one started here]",
+        show_default=False,
+        rich_help_panel=_EXECUTION,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="For methods that draw random numbers.", rich_help_panel=_EXECUTION)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_EXECUTION)]
 Resume = Annotated[
@@ -69,6 +121,10 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output of basis.", rich_help_panel=_EXECUTION)
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf.")]
+AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Accept parameters that only some models have: the base's names win."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Copy *.py files beside the result. Nothing runs them.")
 ]

@@ -1,7 +1,8 @@
 """The one place that talks to the terminal: results, tables, progress and errors.
 
 A result goes to stdout, everything else to stderr. `--json` makes the result one JSON document, `--quiet` leaves only
-the result. Colours and bars appear on terminals only (rich honours NO_COLOR and TERM=dumb).
+the result. Colours and bars appear on terminals only (rich honours NO_COLOR and TERM=dumb); `--progress json` writes
+lines that a program can read instead.
 """
 
 from __future__ import annotations
@@ -9,36 +10,40 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 from basiscli.errors import BasisError
-from basiscli.names import format_size
+from basiscli.names import format_size, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+_OFTEN = 0.5  # seconds between two lines of progress
+_BY_HUB = "upload"  # huggingface_hub draws bars of its own for it
 _ISSUES = "please report it with the command and the text above at the project's issue tracker"
 
 
-def printable(text: str) -> str:
-    """Return text with everything but printable characters and line breaks escaped.
+class ProgressStyle(StrEnum):
+    """How progress is shown."""
 
-    Names and messages come from files that a stranger made; none may send escape sequences to the terminal.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    BAR = "bar"
+    JSON = "json"
 
 
 class Output:
     """What a command shows."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet
-        if quiet or not sys.stderr.isatty():
+    def __init__(self, *, as_json: bool, quiet: bool, progress: ProgressStyle = ProgressStyle.BAR) -> None:
+        self.as_json, self.quiet, self.style = as_json, quiet, progress
+        if quiet or progress is ProgressStyle.JSON or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     def result(self, document: Any, text: Callable[[], None]) -> None:
@@ -47,6 +52,12 @@ class Output:
             print(json.dumps(document, indent=2))  # noqa: T201
         else:
             text()
+
+    def failed(self, error: BasisError, document: dict[str, Any], text: Callable[[], None]) -> typer.Exit:
+        """Show a result with the error that followed it; return what ends the command."""
+        self.result(document | error.as_dict(), text)
+        _show(error)
+        return typer.Exit(error.exit_code)
 
     def line(self, text: str = "") -> None:
         """Print a line of the result."""
@@ -79,10 +90,67 @@ class Output:
 
     def progress(self) -> Progress:
         """Return the display of a run's progress."""
-        return Progress(hidden=self.quiet or not sys.stderr.isatty())
+        if self.style is ProgressStyle.JSON:
+            return Lines()
+        return Bars(hidden=self.quiet or not sys.stderr.isatty())
 
 
-class Progress:
+class Progress(Protocol):
+    """What shows how far a run is; see `engine.local`, which this module does not import to stay cheap."""
+
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None: ...  # noqa: D102
+    def advance(self, size: int) -> None: ...  # noqa: D102
+    def note(self, text: str) -> None: ...  # noqa: D102
+    def stop(self) -> None: ...  # noqa: D102
+
+
+class Lines:
+    """JSON objects on stderr, one a line: at the beginning and end of a pass, and twice a second in between."""
+
+    def __init__(self) -> None:
+        self._line: dict[str, Any] = {}
+        self._began = self._shown = 0.0
+        self._lock = threading.Lock()  # workers advance
+
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
+        with self._lock:
+            self._end()
+            self._began = time.monotonic()
+            self._line = {"phase": what, "done": 0, "total": size, "unit": unit}
+            self._show()
+
+    def advance(self, size: int) -> None:
+        """Note that one task of this size is finished."""
+        with self._lock:
+            if self._line:
+                self._line["done"] += size
+                if time.monotonic() - self._shown >= _OFTEN:
+                    self._show()
+
+    def note(self, text: str) -> None:
+        """Say how the work stands, in the lines that follow."""
+        with self._lock:
+            if self._line:
+                self._line["note"] = text
+
+    def stop(self) -> None:
+        """End the pass."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._line:
+            self._show()
+        self._line = {}
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        seconds = round(self._shown - self._began, 3)
+        print(json.dumps(self._line | {"seconds": seconds}), file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Bars:
     """Bars on stderr, one a pass: pieces of work, rate and time left."""
 
     def __init__(self, *, hidden: bool) -> None:
@@ -92,7 +160,7 @@ class Progress:
 
     def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
         """Begin a pass of so many tasks, and bytes (or another unit) in all."""
-        if self._hidden or tasks == 0:
+        if self._hidden or tasks == 0 or what == _BY_HUB:
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -136,6 +204,10 @@ def _amount(bar: Any, done: int) -> str:
     return f"{count}, {bar.speed or 0:.1f} {bar.fields['unit']}/s"
 
 
+def _show(error: BasisError) -> None:
+    typer.secho(printable(f"error: {error}"), err=True, fg="red")
+
+
 @contextmanager
 def errors_shown(*, as_json: bool) -> Iterator[None]:
     """Turn what goes wrong into a message and the right exit code."""
@@ -144,7 +216,7 @@ def errors_shown(*, as_json: bool) -> Iterator[None]:
     except BasisError as error:
         if as_json:
             print(json.dumps(error.as_dict(), indent=2))  # noqa: T201
-        typer.secho(printable(f"error: {error}"), err=True, fg="red")
+        _show(error)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt:
         typer.secho("interrupted: the same command goes on where this one stopped", err=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.output import Output, ProgressStyle, errors_shown
 
 if TYPE_CHECKING:
     from basiscli.api.verify import Verification
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 def verify(
     folder: Annotated[str, typer.Argument(help="A checkpoint or adapter.")] = ".",
+    progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Check a checkpoint: structure of every file, and digests against its report. Exit code 3 if anything is wrong."""
-    out = Output(as_json=json, quiet=quiet)
+    out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.verify import verify as api_verify
 

@@ -15,6 +15,7 @@ from basiscli.checkpoints.adapter import CONV1D_MODELS
 from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.nola import coefficient_counts
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.init_targets import find_targets, in_model_order
@@ -30,6 +31,7 @@ ADAPTER, RESIDUAL = "adapter", "residual"
 DEFAULT_RANK = 16
 DEFAULT_TOKENS, DEFAULT_LENGTH = 16384, 512
 NF4: Final = "nf4"
+COEFFICIENTS_WORKSPACE = 1 << 24  # a block of random values; the weight is not read
 NF4_ROUNDS = 5  # what QPiSSA's paper takes: the error falls fast at first, and each round is another decomposition
 MOST_VALUES = 128  # PEFT's form of trained values holds rank³ numbers a module: 2 MB here, 8 once PEFT has saved it
 
@@ -79,12 +81,17 @@ class InitPlan:
     @property
     def has_residual(self) -> bool:
         """Whether what the adapter holds is taken from the base."""
-        return self.base is None and not self.method.shares_ranks
+        return self.base is None and not self.method.shares_ranks and not self.trains_coefficients
 
     @property
     def trains_values(self) -> bool:
         """Whether the adapter trains the values between its factors alone."""
         return self.method.trains == "values"
+
+    @property
+    def trains_coefficients(self) -> bool:
+        """Whether the adapter trains coefficients of random bases, and the base stays as it is."""
+        return self.method.trains == "coefficients"
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -149,6 +156,8 @@ class InitPlan:
 
     def workspace(self, name: str) -> int:
         """Return the bytes of memory that the work on one weight takes, at most."""
+        if self.trains_coefficients:
+            return COEFFICIENTS_WORKSPACE
         tensor = self.model.tensors[name]
         small = self.linear_shape(name)[1] if self.calibration else min(tensor.shape)
         # The weight as stored, in float32 and float64, products of its size; the Gram matrix, its vectors, LAPACK.
@@ -158,13 +167,18 @@ class InitPlan:
         """Return what the adapter holds of a weight, as PEFT names it: nothing for rank 0.
 
         A [rank, in] and B [out, rank]. Where values are trained, it is PEFT's TinyLoRA, ΔW = B (Σᵢ vᵢ Pᵢ) A, with
-        P [rank, rank, rank], which says where between B and A each value stands, and v [rank].
+        P [rank, rank, rank], which says where between B and A each value stands, and v [rank]. Where coefficients are,
+        it is a vector of them a factor.
         """
         if not rank:
             return []
         out_features, in_features = self.linear_shape(name)
         dtype = self.settings.dtype or self.model.tensors[name].dtype
         module = f"base_model.model.{self.targets[name]}"
+        if self.trains_coefficients:  # as exact as they are trained, whatever the model's dtype: they are few
+            counts = coefficient_counts(self.values.bases, rank, in_features, out_features)  # type: ignore[attr-defined]
+            dtype = self.settings.dtype or "F32"
+            return [TensorSpec(f"{module}.nola_{f}", dtype, (n,)) for f, n in zip("ab", counts, strict=True)]
         form = "{}.tinylora_{}" if self.trains_values else "{}.lora_{}.weight"
         specs = [
             TensorSpec(form.format(module, "A"), dtype, (rank, in_features)),
@@ -236,8 +250,8 @@ def plan_init(
         raise UsageError(f"alpha {alpha:g}", remedy="a positive number; the rank by default")
     if source.is_adapter:
         raise InputError("this is an adapter; a full checkpoint is needed", file=source.path, remedy="give its base")
-    model = Checkpoint.open(source)
-    other = Checkpoint.open(base) if base is not None else None
+    model = Checkpoint.open(source, headers_only=settings.headers_only)
+    other = Checkpoint.open(base, headers_only=settings.headers_only) if base is not None else None
     for checkpoint in filter(None, (model, other)):
         _refuse_packed(checkpoint)
     targets = find_targets(model, target_modules)
@@ -258,7 +272,8 @@ def plan_init(
         notes,
     )  # fmt: skip
     _check_ranks(plan)
-    check_disk(place, plan.expected_bytes if energy is None else 0)
+    if not settings.headers_only:
+        check_disk(place, plan.expected_bytes if energy is None else 0)
     return plan
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +23,19 @@ from basiscli.engine.copying import copy_tensor
 from basiscli.engine.devices import within_memory, working_dtype
 from basiscli.engine.init_plan import NF4_ROUNDS, InitPlan
 from basiscli.engine.layerwise import LayerwiseModel
-from basiscli.engine.local import Progress, Silent, Task, run_tasks
+from basiscli.engine.local import Engine, Progress, Silent, Task, Threads
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import BasisError, InputError
+from basiscli.linalg.lowrank import LowRank
 from basiscli.linalg.nf4 import nf4_rounded, quantised_start
+from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.svd import SVD, captured
 from basiscli.names import seed_for
 from basiscli.runtime.load import load_tokenizer
 from basiscli.transforms import DataInit, InputMoments
 
 _COPY_WORKSPACE = 1 << 25
+_SPECTRUM = 32  # singular values a weight that the report keeps
 
 
 @dataclass
@@ -43,6 +46,7 @@ class InitRun:
     output: PartialOutput
     progress: Progress
     device: torch.device
+    engine: Engine
     windows: Windows | None = None
     """The calibration text, once it is read."""
     ranks: dict[str, int] = field(default_factory=dict)
@@ -66,7 +70,8 @@ class InitRun:
                 self._drop_unwritten()
                 if plan.calibration is not None:
                     self._layer_by_layer()
-                self._do(self._tasks([] if plan.calibration else plan.targets, self._decompose) + self._copies())
+                names = [*([] if plan.calibration else plan.targets), *plan.copied]
+                self._do(self._tasks(names), self._make)
         return self.output.finished
 
     # Ways through the weights -----------------------------------------------------------------------------------------
@@ -81,9 +86,9 @@ class InitRun:
         for moments in self._moments():
             found = [name for name, module in self.plan.targets.items() if module in moments]
             reached |= {*found}
-            inputs = {name: moments[self.plan.targets[name]] for name in found}
-            tasks = self._tasks([n for n in found if n in left], lambda n, inputs=inputs: self._decompose(n, inputs[n]))  # type: ignore[misc]
-            run_tasks(tasks, self.output.record, workers=self._workers, progress=Silent(), what="")
+            tasks = self._tasks([n for n in found if n in left], lambda n, of=moments: of[self.plan.targets[n]])  # type: ignore[misc]
+            here = Threads(self.plan.settings.workers)
+            here.run_tasks(tasks, self._decompose, self.output.record, progress=Silent(), what="")
         for name in self.plan.targets:
             if name not in reached:
                 raise InputError(
@@ -97,7 +102,7 @@ class InitRun:
         for name, entry in list(self.output.finished.items()):  # what did not reach the disk is done again
             if entry["rank"] and self._scratch_digest(name) != entry["scratch"]:
                 del self.output.finished[name]
-        self._do(self._tasks(self.plan.targets, self._cut))
+        self._do(self._tasks(self.plan.targets), self._cut)
         self.ranks = {name: self.output.finished[name]["rank"] for name in self.plan.targets}
         if not any(self.ranks.values()):
             raise InputError(
@@ -134,7 +139,8 @@ class InitRun:
             if rank:
                 rows, scores = offers[name]
                 b = torch.zeros(plan.linear_shape(name)[0], rank)
-                entry |= {"energy": float(scores[:rank].sum()), **self._write_factors(name, b, rows[:rank])}
+                entry |= {"energy": float(scores[:rank].sum()), "spectrum": _rounded(scores[:rank])}
+                entry |= self._write_factors(name, b, rows[:rank])
             self.output.record(name, entry)
         unreached = [name for name in plan.targets if name not in offers]
         if unreached:
@@ -182,6 +188,13 @@ class InitRun:
 
     # One weight -------------------------------------------------------------------------------------------------------
 
+    def _make(self, name: str) -> dict[str, Any]:
+        """Do what is planned for one tensor of the model."""
+        if name not in self.plan.targets:
+            allow = self.plan.settings.allow_nonfinite
+            return {"digests": {name: copy_tensor(self.plan.model, self.output, name, allow_nonfinite=allow)}}
+        return self._coefficients(name) if self.plan.trains_coefficients else self._decompose(name)
+
     def _decompose(self, name: str, inputs: InputMoments | None = None) -> dict[str, Any]:
         """Write the factors of one weight, and the weight without them.
 
@@ -198,6 +211,7 @@ class InitRun:
         product = plan.scaling(plan.rank) * _multiplied(factors)
         rest = weight - product
         entry = self._facts(weight, rest, read) | {"rank": plan.rank, **self._write_stored(name, factors)}
+        entry["spectrum"] = _spectrum(factors, plan.scaling(plan.rank))
         if plan.has_residual:
             stored = self._stored(name, rest.mT.contiguous() if plan.transposed else rest)
             entry["digests"][name] = digest([self.output.write(name, stored)])
@@ -207,6 +221,21 @@ class InitRun:
             if plan.quantize:
                 entry |= _nf4_errors(weight, base, product)
         return entry
+
+    def _coefficients(self, name: str) -> dict[str, Any]:
+        """Write the coefficients that one module's training begins with."""
+        plan, (rows, columns) = self.plan, self.plan.linear_shape(name)
+        bases = factor_bases(
+            plan.settings.seed, plan.targets[name], rank=plan.rank, count=plan.values.bases,  # type: ignore[attr-defined]
+            in_features=columns, out_features=rows,
+        )  # fmt: skip
+        specs = plan.factors(name, plan.rank)
+        stored = [
+            self._stored(s.name, c)
+            for s, c in zip(specs, plan.method.call(plan.values, {"random": bases}), strict=True)
+        ]
+        digests = {s.name: digest([self.output.write(s.name, c)]) for s, c in zip(specs, stored, strict=True)}
+        return {"rank": plan.rank, "energy": 0.0, "digests": digests}
 
     def _pair(self, name: str, matrix: Tensor, inputs: InputMoments | None) -> tuple[Tensor, Tensor]:
         b, a = self._parts(name, matrix, inputs)
@@ -245,6 +274,7 @@ class InitRun:
             write_file(self._scratch(name), specs, parts)
         return self._facts(weight, rest, read) | {
             "rank": len(s),
+            "spectrum": _rounded(s),
             "digests": {},
             "scratch": digest(map(raw_bytes, parts)),
         }
@@ -301,31 +331,22 @@ class InitRun:
 
     # Tasks ------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _workers(self) -> int:
-        return self.plan.settings.workers
+    def _do(self, tasks: Sequence[Task], do: Callable[[str], dict[str, Any]]) -> None:
+        self.engine.run_tasks(tasks, do, self.output.record, progress=self.progress, what=self.plan.method.name)
 
-    def _do(self, tasks: Sequence[Task]) -> None:
-        run_tasks(tasks, self.output.record, workers=self._workers, progress=self.progress, what=self.plan.method.name)
-
-    def _tasks(self, names: Sequence[str] | Mapping[str, str], do: Callable[[str], dict[str, Any]]) -> list[Task]:
-        tensors = self.plan.model.tensors
+    def _tasks(self, names: Iterable[str], inputs: Callable[[str], InputMoments] | None = None) -> list[Task]:
+        """Return what the journal does not have; a weight's `inputs` follow its name."""
+        plan, tensors = self.plan, self.plan.model.tensors
         return [
-            Task(name, tensors[name].nbytes, self.plan.workspace(name), lambda name=name: do(name))  # type: ignore[misc]
+            Task(
+                name,
+                tensors[name].nbytes,
+                plan.workspace(name) if name in plan.targets else _COPY_WORKSPACE,
+                (name, inputs(name)) if inputs else (name,),
+            )
             for name in names
             if name not in self.output.finished
         ]
-
-    def _copies(self) -> list[Task]:
-        return [
-            Task(name, self.plan.model.tensors[name].nbytes, _COPY_WORKSPACE, lambda name=name: self._copy(name))  # type: ignore[misc]
-            for name in self.plan.copied
-            if name not in self.output.finished
-        ]
-
-    def _copy(self, name: str) -> dict[str, Any]:
-        allow = self.plan.settings.allow_nonfinite
-        return {"digests": {name: copy_tensor(self.plan.model, self.output, name, allow_nonfinite=allow)}}
 
     def _drop_unwritten(self) -> None:
         """Forget what the journal says is finished and the disk does not have: it is done again."""
@@ -346,8 +367,24 @@ class InitRun:
 
 def _multiplied(factors: Sequence[Tensor]) -> Tensor:
     """Return B A, or B diag(σ) A, in float32, of factors as `_stored_factors` returns them."""
+    product = _low_rank(factors)
+    return product.b @ product.a
+
+
+def _low_rank(factors: Sequence[Tensor]) -> LowRank:
     a, b, *values = (factor.float() for factor in factors if factor.dim() < 3)
-    return (b * values[0] if values else b) @ a
+    return LowRank(b * values[0] if values else b, a, (len(b), a.shape[1]))
+
+
+def _spectrum(factors: Sequence[Tensor], scaling: float) -> list[float]:
+    """Return the first singular values of what the factors add to the residual."""
+    _, sigma, _ = _low_rank(factors).svd()
+    return _rounded(sigma * scaling)
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Return the first values with as many digits as a picture can show."""
+    return [float(f"{value:.6g}") for value in values[:_SPECTRUM].tolist()]
 
 
 def _nf4_errors(weight: Tensor, base: Tensor, product: Tensor) -> dict[str, float]:

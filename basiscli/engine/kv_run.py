@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from basiscli.engine.kv_fold import Fold, folds_of
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
 from basiscli.engine.kv_training import Training
-from basiscli.engine.local import Progress, Task, run_tasks
+from basiscli.engine.local import Progress, Task, Threads
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import InputError
 from basiscli.linalg.orthogonal import orthogonality_error
@@ -212,11 +211,12 @@ class KVRun:
     def _write_weights(self, found: KVBases, folds: dict[str, Fold]) -> None:
         plan = self.plan
         tasks = [
-            Task(name, tensor.nbytes, 4 * BLOCK_ELEMENTS, partial(self._write_tensor, name, folds.get(name), found))
+            Task(name, tensor.nbytes, 4 * BLOCK_ELEMENTS, (name, folds.get(name), found))
             for name, tensor in plan.model.tensors.items()
             if name not in self.output.finished
         ]
-        run_tasks(tasks, self.output.record, workers=plan.settings.workers, progress=self.progress, what="writing")
+        threads = Threads(plan.settings.workers)
+        threads.run_tasks(tasks, self._write_tensor, self.output.record, progress=self.progress, what="writing")
 
     def _write_tensor(self, name: str, fold: Fold | None, found: KVBases) -> dict[str, Any]:
         read = self.plan.model

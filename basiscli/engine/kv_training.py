@@ -121,9 +121,7 @@ class Training:
         specs = [TensorSpec(name, "F32", tuple(x.shape)) for name, x in zip(_STATE, tensors, strict=True)]
         specs += [TensorSpec("step", "I64", (1,)), TensorSpec("losses", "F64", (len(self.losses),))]
         tensors += [torch.tensor([step]), torch.tensor(self.losses, dtype=torch.float64)]
-        new = self.state_file.with_suffix(".new")
-        write_file(new, specs, tensors)
-        new.replace(self.state_file)
+        write_file(self.state_file, specs, tensors)
 
     def _load(self, free: Tensor, optimiser: torch.optim.Optimizer) -> int:
         """Take up a saved state; return the step to go on with."""

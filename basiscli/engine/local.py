@@ -1,10 +1,10 @@
-"""Running tasks in threads of one machine, within a memory budget."""
+"""Tasks and what does them; here in threads of one machine, within a memory budget."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +22,8 @@ class Task:
     """Bytes it stands for in the progress bar."""
     workspace: int
     """Bytes of memory it needs while it runs."""
-    run: Callable[[], dict[str, Any]]
-    """Does the work and returns the journal's entry."""
+    arguments: tuple[Any, ...]
+    """What the function that does it takes; plain data where another machine may do it."""
 
 
 class Progress(Protocol):
@@ -64,67 +64,103 @@ def default_workers() -> int:
 
 
 def peak_workspace(workspaces: Sequence[int], workers: int) -> int:
-    """Return the most memory that `run_tasks` lets tasks take together."""
+    """Return the most memory that `Threads` lets tasks take together."""
     largest = sorted(workspaces, reverse=True)[:workers]
     return min(sum(largest), max([MIN_BUDGET_BYTES, *largest[:1]]))
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    record: Callable[[str, dict[str, Any]], None],
-    *,
-    workers: int,
-    progress: Progress,
-    what: str,
-) -> None:
-    """Run tasks, the largest first, and record each as it ends; the first error stops the rest and is raised.
+def largest_first(tasks: Iterable[Task]) -> list[Task]:
+    """Return tasks in the order in which they are begun."""
+    return sorted(tasks, key=lambda task: (-task.workspace, task.key))
+
+
+class Engine(Protocol):
+    """What does tasks, here or elsewhere."""
+
+    def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        do: Callable[..., dict[str, Any]],
+        record: Callable[[str, dict[str, Any]], None],
+        *,
+        progress: Progress,
+        what: str,
+    ) -> None:
+        """Run tasks, the largest first, and record each as it ends; the first error stops the rest and is raised.
+
+        Args:
+            tasks: in any order; none depends on another.
+            do: takes a task's arguments, does it and returns the journal's entry; a run's method, so that a cluster's
+                workers can call it on a run of their own.
+            record: takes a task's key and entry, in this process.
+            progress: what to tell how far the work is.
+            what: what the display calls it.
+        """
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Does tasks in threads of this process, as many at a time as the memory budget allows.
 
     Every task runs single-threaded: BLAS sums in another order with another number of threads, so results could not be
     the same bytes for any number of workers. The parallelism is between tasks.
     """
-    queue: Iterator[Task] = iter(sorted(tasks, key=lambda task: (-task.workspace, task.key)))
-    budget = max([MIN_BUDGET_BYTES, *(task.workspace for task in tasks)])
-    condition = threading.Condition()
-    in_use = 0
-    failure: BaseException | None = None
 
-    def take() -> Task | None:
-        nonlocal in_use
-        with condition:
-            task = next(queue, None) if failure is None else None
-            if task is not None:
-                condition.wait_for(lambda: in_use + task.workspace <= budget or failure is not None)
-                in_use += task.workspace
-            return task
+    workers: int
 
-    def work() -> None:
-        nonlocal in_use, failure
-        while (task := take()) is not None and failure is None:
+    def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        do: Callable[..., dict[str, Any]],
+        record: Callable[[str, dict[str, Any]], None],
+        *,
+        progress: Progress,
+        what: str,
+    ) -> None:
+        """Run tasks; see `Engine`."""
+        queue: Iterator[Task] = iter(largest_first(tasks))
+        budget = max([MIN_BUDGET_BYTES, *(task.workspace for task in tasks)])
+        condition = threading.Condition()
+        in_use = 0
+        failure: BaseException | None = None
+
+        def take() -> Task | None:
+            nonlocal in_use
+            with condition:
+                task = next(queue, None) if failure is None else None
+                if task is not None:
+                    condition.wait_for(lambda: in_use + task.workspace <= budget or failure is not None)
+                    in_use += task.workspace
+                return task
+
+        def work() -> None:
+            nonlocal in_use, failure
+            while (task := take()) is not None and failure is None:
+                try:
+                    record(task.key, do(*task.arguments))
+                    progress.advance(task.size)
+                except BaseException as error:  # handed to the caller's thread
+                    failure = failure or error
+                finally:
+                    with condition:
+                        in_use -= task.workspace
+                        condition.notify_all()
+
+        progress.start(what, len(tasks), sum(task.size for task in tasks))
+        with _one_thread_each():
+            threads = [threading.Thread(target=work, name=f"basis-{n}", daemon=True) for n in range(self.workers)]
             try:
-                record(task.key, task.run())
-                progress.advance(task.size)
-            except BaseException as error:  # handed to the caller's thread
-                failure = failure or error
-            finally:
-                with condition:
-                    in_use -= task.workspace
-                    condition.notify_all()
-
-    progress.start(what, len(tasks), sum(task.size for task in tasks))
-    with _one_thread_each():
-        threads = [threading.Thread(target=work, name=f"basis-{n}", daemon=True) for n in range(workers)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except KeyboardInterrupt as interrupt:
-            failure = interrupt
-            for thread in threads:
-                thread.join()
-            raise
-    if failure is not None:
-        raise failure
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            except KeyboardInterrupt as interrupt:
+                failure = interrupt
+                for thread in threads:
+                    thread.join()
+                raise
+        if failure is not None:
+            raise failure
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from basiscli.reports.schema import Continuation, read_report
 from basiscli.transforms import History, Method
 
 
-def find_base(given: str | None, inputs: list[Source], named_by: list[Source], method: Method) -> Checkpoint | None:
+def find_base(
+    given: str | None, inputs: list[Source], named_by: list[Source], method: Method, *, headers_only: bool = False
+) -> Checkpoint | None:
     """Open the base: the one given, else the one that all inputs name, if anything needs one."""
     if given is not None:
         source = resolve(given)
@@ -27,7 +29,7 @@ def find_base(given: str | None, inputs: list[Source], named_by: list[Source], m
                     file=adapter.path,
                     remedy="give the base that it was trained on; a local path to the same weights is taken as it is",
                 )
-        return Checkpoint.open(source)
+        return Checkpoint.open(source, headers_only=headers_only)
     if not method.needs_base and not any(source.is_adapter for source in inputs):
         return None
     names = {source.spec: source.base_model for source in named_by}
@@ -42,7 +44,7 @@ def find_base(given: str | None, inputs: list[Source], named_by: list[Source], m
         raise UsageError(f"the inputs name different bases ({listing})", remedy="give the right one with --base")
     namer = named_by[0]
     assert namer.base_model is not None
-    return Checkpoint.open(resolve_base(namer.base_model, namer))
+    return Checkpoint.open(resolve_base(namer.base_model, namer), headers_only=headers_only)
 
 
 def merge_weights(
@@ -60,11 +62,16 @@ def merge_weights(
         weights = [first, *weights]
     if not all(math.isfinite(weight) for weight in weights):
         raise UsageError(f"weights that are no finite numbers: {weights}", remedy="give --weights finite numbers")
+    check_weights(method, values, weights)
+    return history, weights
+
+
+def check_weights(method: Method, values: BaseModel, weights: Sequence[float]) -> None:
+    """Refuse weights that cannot be normalised where a method would."""
     # What is left of 0.1 + 0.2 − 0.3 is rounding; dividing by it would multiply the models by 10¹⁶.
     cancels = abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
     if "weights" in method.wants and getattr(values, "normalize", False) and cancels:
-        raise UsageError("the weights sum to zero and cannot be normalised", remedy="-p normalize=false")
-    return history, weights
+        raise UsageError("the weights sum to zero and cannot be normalised", remedy="normalize=false")
 
 
 def _history(onto: Source, method: Method) -> tuple[History, float]:

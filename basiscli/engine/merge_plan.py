@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -16,17 +16,22 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source, resolve
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.engine.cluster import Cluster
 from basiscli.engine.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
 from basiscli.engine.local import default_workers, peak_workspace
 from basiscli.engine.merge_inputs import find_base, merge_weights
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
 from basiscli.errors import InputError, UsageError
+from basiscli.model_parameters import check_lengths
 from basiscli.names import natural_key
-from basiscli.transforms import History, Method
+from basiscli.transforms import Choices, History, Method
 
 BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
+KEPT_BYTES = 1 << 27  # of all models together: a tensor up to this size is read once however often it is gone over
 ADAPTER_FILE = "adapter_model.safetensors"
+RECIPE = "recipe.yaml"
+"""The recipe that a merge was made by, in its result's folder."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,34 @@ class Settings:
     allow_nonfinite: bool = False
     allow_missing: bool = False
     trust_remote_code: bool = False
+    headers_only: bool = False
+    """Whether inputs may lack their data: such a plan tells what the work would cost, and cannot be carried out."""
+    cluster: Cluster | None = None
+    """Where the tasks are done, if not in threads of this machine."""
+
+
+Choice = tuple[BaseModel, list[float]]
+"""A method's parameters, and one weight a model."""
+
+
+@dataclass(frozen=True)
+class FromRecipe:
+    """What a recipe says of a merge beyond one set of parameters for all tensors."""
+
+    text: str
+    """The file, as it goes into the result's folder."""
+    choices: Callable[[str], Choice]
+    """The parameters and weights of one tensor."""
+    facts: Any
+    """What decides the bytes of the result, as plain data."""
+    sources: list[tuple[Literal["base", "model"], Source]]
+    """Every model and adapter that it names."""
+    files: Mapping[str, bytes] | None
+    """The tokenizer it asks for, in place of the reference's, and what depends on it."""
+    dtype: str | None
+    """The storage dtype it asks for."""
+    opened: Sequence[Checkpoint]
+    """The checkpoints that the models are parts of."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +97,21 @@ class MergePlan:
     """The rank of the adapter to write; None for a full checkpoint."""
     notes: list[str]
     settings: Settings
+    recipe: FromRecipe | None = None
+
+    def choice(self, name: str) -> Choice:
+        """Return the method's parameters and the weights for one tensor."""
+        return (self.values, self.weights) if self.recipe is None else self.recipe.choices(name)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters as plain data; those that a recipe gives several values stand as 'recipe.yaml'."""
+        found = self.values.model_dump(mode="json")
+        distinct = {id(values): values for values, _ in map(self.choice, self.merged)}
+        for name in found:
+            if any(getattr(values, name) != getattr(self.values, name) for values in distinct.values()):
+                found[name] = RECIPE
+        return found
 
     @property
     def reference(self) -> Checkpoint:
@@ -75,6 +123,11 @@ class MergePlan:
     def views(self) -> list[AdapterView]:
         """The models that are adapters."""
         return [model for model in self.models if isinstance(model, AdapterView)]
+
+    @property
+    def earlier(self) -> int:
+        """How many models the earlier merge had whose result, the first of the models, is continued."""
+        return self.history.models if self.history else 0
 
     @property
     def two_passes(self) -> bool:
@@ -124,12 +177,13 @@ class MergePlan:
             self.adapter_rank, settings.device, settings.dtype, settings.seed, settings.allow_nonfinite,
             settings.allow_missing, [shard.header[0].hex() for shard in self.layout.shards],
             None if self.history is None else dict(self.history.numbers),
+            None if self.recipe is None else self.recipe.facts,
         ]  # fmt: skip
         return fingerprint_of(files, facts)
 
     def close(self) -> None:
         """Close the inputs."""
-        for model in [self.reference, *self.models]:
+        for model in [self.reference, *self.models, *(self.recipe.opened if self.recipe else ())]:
             model.close()
 
 
@@ -151,17 +205,42 @@ def plan_merge(
         UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
     """
     values = method.validate(parameters)
-    if len(models) + (onto is not None) < (1 if method.needs_base else 2):
-        raise UsageError("nothing to merge", remedy="give two models or more")
+    check_count(method, len(models) + (onto is not None))
+    check_lengths(method.name, values, len(models))
     sources = [resolve(spec) for spec in models]
     onto_source = resolve(onto) if onto else None
     history, all_weights = merge_weights(method, values, onto_source, weights, len(sources))
+    if method.check is not None:
+        method.check(Choices(method.name, dict(values), all_weights, history))
     inputs = [*([onto_source] if onto_source else []), *sources]
-    base_checkpoint = find_base(base, inputs, sources, method)
-    opened = [_open(source, base_checkpoint) for source in inputs]
-    first = opened[0]
-    reference = base_checkpoint or (first if isinstance(first, Checkpoint) else first.base)
+    base_checkpoint = find_base(base, inputs, sources, method, headers_only=settings.headers_only)
+    opened = [_open(source, base_checkpoint, settings) for source in inputs]
+    return plan_opened(
+        opened, base_checkpoint, method, (values, all_weights), history=history, out=out, as_adapter=as_adapter,
+        settings=settings,
+    )  # fmt: skip
 
+
+def plan_opened(
+    opened: list[Model],
+    base: Checkpoint | None,
+    method: Method,
+    choice: Choice,
+    *,
+    out: str | Path | None,
+    settings: Settings,
+    history: History | None = None,
+    as_adapter: bool = False,
+    recipe: FromRecipe | None = None,
+    notes: Sequence[str] = (),
+) -> MergePlan:
+    """Plan a merge of models that are open; arguments as the fields of `MergePlan`.
+
+    Raises:
+        UsageError, InputError, ResourceError: the models do not go together, or there is no place for the result.
+    """
+    first = opened[0]
+    reference = base or (first if isinstance(first, Checkpoint) else first.base)
     check_architecture(reference, opened, trust_remote_code=settings.trust_remote_code)
     sort = sort_tensors(reference, opened, allow_missing=settings.allow_missing)
     merged, copied = sorted(sort.merged, key=natural_key), sorted(sort.copied, key=natural_key)
@@ -173,15 +252,17 @@ def plan_merge(
         outputs = [_output(reference.tensors[name], settings.dtype) for name in merged]
         outputs += [_output(reference.tensors[name], None) for name in copied]
         layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
-    notes = sort.notes + common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
+    found = [*notes, *sort.notes]
+    found += common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
+    sources = [model.source for model in [*opened, reference]]
+    sources += [source for _, source in recipe.sources] if recipe else []
+    place = output_place(f"merge-{method.name}" if out is None else out, sources, overwrite=settings.overwrite)
     plan = MergePlan(
-        output_place(
-            f"merge-{method.name}" if out is None else out, [*inputs, reference.source], overwrite=settings.overwrite
-        ),
-        method, values, opened, all_weights,
-        base_checkpoint, history, merged, copied, layout, rank, notes, settings,
+        place, method, choice[0], opened, choice[1], base, history, merged, copied, layout, rank, found, settings,
+        recipe,
     )  # fmt: skip
-    check_disk(plan.out, plan.write_bytes + plan.scratch_bytes)
+    if not settings.headers_only:  # where the disk is that such a result would go to, nobody knows
+        check_disk(plan.out, plan.write_bytes + plan.scratch_bytes)
     return plan
 
 
@@ -194,8 +275,35 @@ def workspace(plan: MergePlan, name: str) -> int:
         side = min(tensor.shape) if len(tensor.shape) == 2 else 0
         # S, T, U and the result in float32; SᵀS, its eigenvectors and LAPACK's workspace in float64.
         return 16 * count + 6 * 8 * side * side
-    elements = min(count, BLOCK_ELEMENTS) if plan.method.elementwise or plan.two_passes else count
-    return 4 * elements * (2 * models + 4)
+    if plan.two_passes or plan.method.elementwise or (plan.method.rowwise and len(tensor.shape) > 1):
+        row = count // max(1, tensor.shape[0]) if tensor.shape else 1
+        elements = min(count, max(BLOCK_ELEMENTS, row))
+    else:
+        elements = count
+    kept = kept_bytes(plan, name)
+    # A method's own steps make about as much again; what ranks or measures, int64 keys and masks beside them.
+    return (kept if kept <= KEPT_BYTES else 0) + 4 * elements * (2 * models + (4 if plan.method.measure is None else 8))
+
+
+def kept_bytes(plan: MergePlan, name: str) -> int:
+    """Return the bytes of all models' values of a tensor that is gone over several times, else 0."""
+    if plan.method.measure is None:
+        return 0
+    return 4 * plan.reference.tensors[name].count * (len(plan.models) + (plan.base is not None))
+
+
+def check_count(method: Method, count: int) -> None:
+    """Refuse a number of models that a method does not merge."""
+    fewest, most = method.models
+    if count < 2 and method.models == (2, None) and not method.needs_base:
+        raise UsageError("nothing to merge", remedy="give two models or more")
+    if count < fewest or (most is not None and count > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        beside = " beside the base" if method.needs_base else ""
+        raise UsageError(
+            f"{method.name} merges {wanted} model{'' if wanted == '1' else 's'}{beside}, and {count} are given",
+            remedy=f"`basis methods show {method.name}` says what it does",
+        )
 
 
 def _bytes_of(model: Checkpoint | AdapterView, names: Sequence[str]) -> int:
@@ -210,9 +318,9 @@ def _output(tensor: TensorSpec, dtype: str | None) -> TensorSpec:
     return TensorSpec(tensor.name, dtype or tensor.dtype, tensor.shape)
 
 
-def _open(source: Source, base: Checkpoint | None) -> Model:
+def _open(source: Source, base: Checkpoint | None, settings: Settings) -> Model:
     if not source.is_adapter:
-        return Checkpoint.open(source)
+        return Checkpoint.open(source, headers_only=settings.headers_only)
     assert base is not None  # find_base sees to it that adapters have one
     return AdapterView(Adapter(source), base)
 
@@ -241,7 +349,7 @@ def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method)
                 )
     owners = {name: view for view in reversed(views) for name in view.modules}
     rank = max(min(sum(v.rank_of(n) for v in views), *owner.linear_shape(n)) for n, owner in owners.items())
-    dtype = next(iter(views[-1].adapter.weights.tensors.values())).dtype
+    dtype = next(iter(views[-1].adapter.parts.tensors.values())).dtype
     specs = []
     for name in (name for name in merged if name in owners):
         out_features, in_features = owners[name].linear_shape(name)

@@ -19,13 +19,13 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
-from basiscli.engine.local import Progress, Task, run_tasks
+from basiscli.engine.local import Engine, Progress, Task
 from basiscli.engine.merge_plan import MergePlan, factor_keys, workspace
 from basiscli.engine.tensor_reader import TensorReader, is_finite
 from basiscli.errors import BasisError, InputError, ResourceError
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.names import seed_for
-from basiscli.transforms import Norms, TaskVectorMerge, TaskVectors
+from basiscli.transforms import Blocks, Norms, TaskVectorMerge, TaskVectors
 
 MERGE, WRITE = "merge", "write"  # the two passes, as the journal's keys begin
 
@@ -38,6 +38,7 @@ class MergeRun:
     output: PartialOutput
     progress: Progress
     device: torch.device
+    engine: Engine
     kinds: Kinds = field(init=False)
     copied: frozenset[str] = field(init=False)
     numbers: dict[str, float] = field(default_factory=dict)
@@ -62,7 +63,10 @@ class MergeRun:
             if self.plan.two_passes:
                 self._two_passes()
             else:
-                self._pass("merging", MERGE, [*self.plan.merged, *self.plan.copied], self._merge_elements)
+                tasks = self._tasks(MERGE, [*self.plan.merged, *self.plan.copied])
+                self._pass("merging", tasks, self._merge_elements)
+                if self.plan.method.onto_weight is not None:
+                    self.numbers = {"models": float(len(self.plan.models) + max(0, self.plan.earlier - 1))}
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
                 "out of memory",
@@ -73,12 +77,11 @@ class MergeRun:
     # The passes -------------------------------------------------------------------------------------------------------
 
     def _two_passes(self) -> None:
-        method: TaskVectorMerge = self.plan.method.implementation(self.plan.values)
-        self._pass("merging", MERGE, self.plan.merged, lambda name: self._merge_task_vectors(method, name))
+        self._pass("merging", self._tasks(MERGE, self.plan.merged), self._merge_task_vectors)
         entries = [self.output.finished[f"{MERGE}:{name}"] for name in self.plan.merged]
         new = range(1 if self.plan.history else 0, len(self.plan.models))
         # fsum is exact, so the order in which workers finished cannot show.
-        self.numbers = method.scale(
+        self.numbers = self._task_vector_merge.scale(
             Norms(
                 task_vectors=[math.sqrt(math.fsum(max(e["gram"][i][i], 0.0) for e in entries)) for i in new],
                 merged=math.sqrt(math.fsum(e["merged"] for e in entries)),
@@ -87,18 +90,32 @@ class MergeRun:
         )
         if self.plan.adapter_rank is not None:
             touched = [name for name in self.plan.merged if any(name in v.modules for v in self.plan.views)]
-            self._pass("writing", WRITE, touched, self._write_factors)
+            self._pass("writing", self._tasks(WRITE, touched, self._merged), self._write_factors)
         else:
-            self._pass("writing", WRITE, [*self.plan.merged, *self.plan.copied], self._write_sum)
+            everything = [*self.plan.merged, *self.plan.copied]
+            self._pass("writing", self._tasks(WRITE, everything, self._merged), self._write_sum)
 
-    def _pass(self, what: str, stage: str, names: list[str], work: Callable[[str], dict[str, Any]]) -> None:
-        tensors = self.plan.reference.tensors
-        tasks = [
-            Task(key, tensors[name].nbytes, workspace(self.plan, name), lambda name=name: work(name))  # type: ignore[misc]
+    @property
+    def _task_vector_merge(self) -> TaskVectorMerge:
+        method: TaskVectorMerge = self.plan.method.implementation(self.plan.values)
+        return method
+
+    def _tasks(
+        self, stage: str, names: list[str], further: Callable[[str], tuple[Any, ...]] = lambda name: ()
+    ) -> list[Task]:
+        """Return what the journal does not have; `further` arguments follow each tensor's name."""
+        return [
+            Task(key, self.plan.reference.tensors[name].nbytes, workspace(self.plan, name), (name, *further(name)))
             for name in names
             if (key := f"{stage}:{name}") not in self.output.finished
         ]
-        run_tasks(tasks, self._record, workers=self.plan.settings.workers, progress=self.progress, what=what)
+
+    def _merged(self, name: str) -> tuple[str | None, float]:
+        """Return what the second pass takes of the first: a tensor's merged task vector (None for zero), the scale."""
+        return self.output.finished.get(f"{MERGE}:{name}", {}).get("scratch"), self.numbers["scale"]
+
+    def _pass(self, what: str, tasks: list[Task], do: Callable[..., dict[str, Any]]) -> None:
+        self.engine.run_tasks(tasks, do, self._record, progress=self.progress, what=what)
 
     def _forget_damaged(self) -> None:
         """Drop what the journal says is finished but whose bytes did not reach the disk (a machine that lost power)."""
@@ -121,15 +138,15 @@ class MergeRun:
         plan, read = self.plan, self._reader(name)
         hasher = hashlib.sha256()
         grams: Tensor | None = None
-        for rows in read.blocks(whole=not plan.method.elementwise):
-            base, others = read.block(rows)
-            available = {
-                "base": base,
-                "others": others,
-                "weights": plan.weights,
-                "seed": seed_for(self.plan.settings.seed, name),
-            }
-            merged = plan.method.call(plan.values, available)
+        base_square = 0.0
+        values, weights = plan.choice(name)
+        shared = {"weights": weights, "seed": seed_for(plan.settings.seed, name), "earlier": plan.earlier}
+        blocks = Blocks(read.shape, read.merge_blocks)
+        measured = plan.method.find_numbers(values, {**shared, "blocks": blocks})
+        for block in blocks:
+            base, others = block.base, block.others
+            available = {**shared, "measured": measured, "base": base, "others": others, "start": block.start}
+            merged = plan.method.call(values, available)
             if merged.shape != others[0].shape:  # it would run over its neighbours in the file
                 raise BasisError(
                     f"{plan.method.name} made {list(merged.shape)} of tensors of shape {list(others[0].shape)}",
@@ -137,16 +154,18 @@ class MergeRun:
                     remedy="a merge method returns a tensor of its inputs' shape; report this to its author",
                 )
             if base is not None:
-                part = gram([(x - base).reshape(-1) for x in [*others, merged]])
+                part = gram([x.reshape(-1) for x in [*others, merged]], origin=base.reshape(-1))
                 grams = part if grams is None else grams + part
-            hasher.update(self._write(name, merged, rows))
+                base_square += inner(base, base)
+            hasher.update(self._write(name, merged, block.rows))
         entry: dict[str, Any] = {"digests": {name: hasher.hexdigest()}, "inputs": read.digests()}
         if grams is not None:
-            entry |= {"gram": grams[:-1, :-1].tolist(), "merged": float(grams[-1, -1])}
+            entry |= {"gram": grams[:-1, :-1].tolist(), "merged": float(grams[-1, -1]), "base": base_square}
         return entry
 
-    def _merge_task_vectors(self, method: TaskVectorMerge, name: str) -> dict[str, Any]:
+    def _merge_task_vectors(self, name: str) -> dict[str, Any]:
         """Merge the task vectors of one tensor and keep the result as scratch."""
+        method = self._task_vector_merge
         kind, shape = self.kinds.by_name[name], self.plan.reference.tensors[name].shape
         file = self.output.scratch / f"{digest([name.encode()])[:32]}.safetensors"
         read = self._reader(name)
@@ -185,13 +204,13 @@ class MergeRun:
             yield merged
         entry |= {"gram": grams.tolist(), "inputs": read.digests()}
 
-    def _write_sum(self, name: str) -> dict[str, Any]:
-        """Write base + scale · S for one tensor."""
+    def _write_sum(self, name: str, merged: str | None, scale: float) -> dict[str, Any]:
+        """Write base + scale · S for one tensor; `merged` is the scratch file of S."""
         if name in self.copied:
             return self._copy(name)
         reference = self.plan.reference.tensors[name]
-        hasher, read = hashlib.sha256(), self._reader(name)
-        with self._scratch(name) as scratch:
+        hasher, read, base_square = hashlib.sha256(), self._reader(name), 0.0
+        with self._scratch(merged) as scratch:
             if scratch is None and self.plan.layout.tensors[name].dtype == reference.dtype:
                 return self._copy(name)
             low_rank = None
@@ -199,23 +218,24 @@ class MergeRun:
                 low_rank = _read_low_rank(scratch, reference.shape).to(self.device)
             for rows in read.blocks():
                 total = read.base(rows)  # checked and digested: a merge of adapters has not read it before
+                base_square += inner(total, total)
                 if low_rank is not None:
-                    total = total + low_rank.dense(rows) * self.numbers["scale"]
+                    total = total + low_rank.dense(rows) * scale
                 elif scratch is not None:
-                    total = total + scratch.read("dense", rows).to(self.device) * self.numbers["scale"]
+                    total = total + scratch.read("dense", rows).to(self.device) * scale
                 hasher.update(self._write(name, total, rows))
-        return {"digests": {name: hasher.hexdigest()}, "inputs": read.digests()}
+        return {"digests": {name: hasher.hexdigest()}, "inputs": read.digests(), "base": base_square}
 
-    def _write_factors(self, name: str) -> dict[str, Any]:
+    def _write_factors(self, name: str, merged: str | None, scale: float) -> dict[str, Any]:
         """Write scale · S of one weight as the two factors of a LoRA adapter, balanced: B = U √σ, A = √σ Vᵀ."""
         view = next(view for view in self.plan.views if name in view.modules)
         key_a, key_b = factor_keys(view, name)
         specs = self.plan.layout.tensors
         a, b = torch.zeros(specs[key_a].shape), torch.zeros(specs[key_b].shape)
-        with self._scratch(name) as scratch:
+        with self._scratch(merged) as scratch:
             if scratch is not None:
                 shape = self.plan.reference.tensors[name].shape
-                u, sigma, vh = _read_low_rank(scratch, shape).scaled(self.numbers["scale"]).to(self.device).svd()
+                u, sigma, vh = _read_low_rank(scratch, shape).scaled(scale).to(self.device).svd()
                 if view.is_transposed(name):
                     u, vh = vh.mT, u.mT
                 kept = min(len(a), sigma.numel())
@@ -250,10 +270,9 @@ class MergeRun:
         return TensorReader(self.plan, name, self.device)
 
     @contextmanager
-    def _scratch(self, name: str) -> Iterator[Checkpoint | None]:
+    def _scratch(self, file: str | None) -> Iterator[Checkpoint | None]:
         """Open the merged task vector of a tensor; None where it is zero."""
-        file = self.output.finished[f"{MERGE}:{name}"].get("scratch")
-        if not file:
+        if file is None:
             yield None
             return
         with closing(Checkpoint.open(Source("scratch", self.output.scratch / file))) as scratch:

@@ -31,6 +31,10 @@ class Plan(Protocol):
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What the report says besides; a run may add to it."""
+
     def close(self) -> None:
         """Close the inputs."""
 

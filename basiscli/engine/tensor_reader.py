@@ -14,9 +14,10 @@ from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.dtypes import raw_bytes
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.engine.compatibility import Model
-from basiscli.engine.merge_plan import BLOCK_ELEMENTS, MergePlan
+from basiscli.engine.merge_plan import BLOCK_ELEMENTS, KEPT_BYTES, MergePlan, kept_bytes
 from basiscli.errors import InputError
 from basiscli.linalg.lowrank import LowRank, gram, inner
+from basiscli.transforms import Block
 
 
 class TensorReader:
@@ -30,6 +31,8 @@ class TensorReader:
         # The factors of adapters, small and needed again for every block of rows.
         self._updates: dict[AdapterView, LowRank] = {}
         self._base_square = 0.0
+        self._checked = False
+        self._kept: list[Block] | None = None
         self._wide = any(
             name in m.tensors and m.tensors[name].dtype == "F64" for m in [self.plan.reference, *self.plan.models]
         )
@@ -38,10 +41,29 @@ class TensorReader:
         """Yield the blocks of rows to work on; None for all of it at once."""
         return iter([None]) if whole else row_blocks(self.shape, BLOCK_ELEMENTS)
 
-    def block(self, rows: slice | None) -> tuple[Tensor | None, list[Tensor]]:
-        """Return base (if any) and models for some rows: on the device, in float32 (or float64, if any is)."""
-        base = self._read(-1, self.plan.base, rows) if self.plan.base is not None else None
-        return base, self._others(rows, base)
+    def merge_blocks(self) -> Iterator[Block]:
+        """Yield the tensor of base (if any) and models as the merge method takes it; may be gone over several times.
+
+        The first time everything is checked and digested. A method that measures finds tensors of moderate size at hand
+        afterwards; larger ones are read again.
+        """
+        if self._kept is not None:
+            yield from self._kept
+            return
+        method, kept = self.plan.method, list[Block]()
+        keep = 0 < kept_bytes(self.plan, self.name) <= KEPT_BYTES
+        if not self._checked:
+            self._hashers.clear()  # of a first time that was broken off
+        row = math.prod(self.shape[1:])
+        in_blocks = method.elementwise or (method.rowwise and len(self.shape) > 1)
+        for rows in self.blocks(whole=not in_blocks):
+            base = self._read(-1, self.plan.base, rows) if self.plan.base is not None else None
+            block = Block(rows, rows.start * row if rows else 0, base, self._others(rows, base))
+            if keep:
+                kept.append(block)
+            yield block
+        self._checked = True
+        self._kept = kept if keep else None
 
     def _others(self, rows: slice | None, base: Tensor | None) -> list[Tensor]:
         return [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
@@ -131,19 +153,22 @@ class TensorReader:
             return base.clone() if base is not None else self._convert(self.plan.reference.read(self.name, rows))
         if isinstance(model, Checkpoint):
             return self._read(place, model, rows)
-        if base is not None and model.is_low_rank(self.name):  # the base is at hand: do not read it once an adapter
+        # The base is at hand: do not read it once an adapter. In a recipe an adapter may be on another model.
+        if base is not None and model.base is self.plan.base and model.is_low_rank(self.name):
             update = self._low_rank(model)
             values = base + update.dense(rows) if update.rank else base.clone()
         else:
             values = self._convert(model.read(self.name, rows))
-        if not is_finite(values):
+        if not (self._checked or is_finite(values)):
             self._refuse_nonfinite(model)
         return values
 
     def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
         raw = checkpoint.read(self.name, rows)
-        self._hashers.setdefault(place, hashlib.sha256()).update(raw_bytes(raw))
         values = self._convert(raw)
+        if self._checked:
+            return values
+        self._hashers.setdefault(place, hashlib.sha256()).update(raw_bytes(raw))
         if not is_finite(values):
             self._refuse_nonfinite(checkpoint)
         return values

@@ -79,8 +79,8 @@ def inner(x: Tensor | LowRank, y: Tensor | LowRank) -> float:
     )
 
 
-def gram(vectors: list[Tensor], block: int = 1 << 16) -> Tensor:
-    """Return the k×k matrix of inner products of k flat vectors, in float64.
+def gram(vectors: list[Tensor], block: int = 1 << 16, *, origin: Tensor | None = None) -> Tensor:
+    """Return the k×k matrix of inner products of k flat vectors (of their differences from an origin), in float64.
 
     Products are taken in the vectors' own dtype a block at a time and the blocks summed in float64: as fast as float32,
     with an error that does not grow with the length.
@@ -88,6 +88,8 @@ def gram(vectors: list[Tensor], block: int = 1 << 16) -> Tensor:
     total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
     for begin in range(0, vectors[0].numel(), block):
         part = torch.stack([v[begin : begin + block] for v in vectors])
+        if origin is not None:
+            part -= origin[begin : begin + block]
         total += (part @ part.mT).double()
     return total
 

@@ -42,6 +42,14 @@ def license_of(source: Source) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def common_license(sources: Iterable[SourceRecord]) -> tuple[str | None, list[str]]:
+    """Return the inputs' common licence; 'other' and a warning where they differ."""
+    found = sorted({source.license for source in sources if source.license})
+    if len(found) > 1:
+        return "other", [f"the inputs have different licences ({', '.join(found)}): check what their mixture allows"]
+    return (found[0] if found else None), []
+
+
 def checkpoint_record(
     role: Literal["base", "model"], source: Source, tensors: Iterable[StoredTensor], known: Mapping[str, str]
 ) -> SourceRecord:

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.digests import weights_digest
+from basiscli.checkpoints.nola import nola_config
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.init_plan import RESIDUAL, InitPlan
 from basiscli.engine.init_run import InitRun
 from basiscli.names import natural_key
-from basiscli.reports.facts import checkpoint_record, peak_memory_bytes, unchanged, versions
+from basiscli.reports.facts import checkpoint_record, common_license, peak_memory_bytes, unchanged, versions
+from basiscli.reports.reproduce import init_command
 from basiscli.reports.schema import (
     AdapterRecord,
     CalibrationRecord,
@@ -34,7 +36,7 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
     specs = run.output.layout.tensors
     written = {key: sha for entry in journal.values() for key, sha in entry["digests"].items()}
     factors = {spec.name for name, rank in run.ranks.items() for spec in plan.factors(name, rank)}
-    form = "tinylora" if plan.trains_values else "lora"
+    form = {"factors": "lora", "values": "tinylora", "coefficients": "nola"}[plan.method.trains]
     changed = set(plan.targets) if plan.has_residual else set()
     entries = [journal[name] for name in plan.targets]
     same = unchanged(plan.model.tensors, specs)
@@ -60,18 +62,20 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
         numbers["error_most"] = max(entry["error"] for entry in entries)
     if plan.quantize:
         numbers |= _nf4_numbers(entries)
+    sources = [
+        checkpoint_record(role, checkpoint.source, checkpoint.tensors.values(), known)
+        for role, checkpoint, known in _inputs(plan, journal, copied)
+    ]
     return Report(
         command="init" if plan.base is None else "extract",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         method=MethodRecord(
             name=plan.method.name, parameters=plan.values.model_dump(mode="json"), source=plan.method.source
         ),
-        sources=[
-            checkpoint_record(role, checkpoint.source, checkpoint.tensors.values(), known)
-            for role, checkpoint, known in _inputs(plan, journal, copied)
-        ],
+        sources=sources,
+        reproduce=init_command(plan),
         seed=plan.settings.seed,
-        notes=plan.notes,
+        notes=[*plan.notes, *common_license(sources)[1]],
         numbers=numbers,
         adapter=AdapterRecord(
             rank=_rank(run),
@@ -86,6 +90,7 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
                     norm=entry.get("norm"),
                     energy=entry["energy"],
                     error=entry.get("error"),
+                    spectrum=entry.get("spectrum"),
                     nf4_error=entry.get("nf4_error"),
                     nf4_error_qlora=entry.get("nf4_error_qlora"),
                 )
@@ -165,7 +170,10 @@ def peft_config(run: InitRun) -> bytes:
         "inference_mode": True,
         "modules_to_save": None,
     }
-    config |= _values_config(plan.rank) if plan.trains_values else _lora_config(plan, _rank(run), ranks)
+    if plan.trains_coefficients:
+        config = _nola_config(plan, config)
+    else:
+        config |= _values_config(plan.rank) if plan.trains_values else _lora_config(plan, _rank(run), ranks)
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
@@ -180,6 +188,15 @@ def _lora_config(plan: InitPlan, rank: int, ranks: Mapping[str, int]) -> dict[st
         "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
         "alpha_pattern": {module: plan.alpha_of(own) for module, own in ranks.items() if plan.alpha_of(own) != alpha},
     }
+
+
+def _nola_config(plan: InitPlan, lora: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {module: list(plan.linear_shape(name)[::-1]) for name, module in plan.targets.items()}
+    return nola_config(
+        sizes, base=lora["base_model_name_or_path"], task_type=lora["task_type"], rank=plan.rank,
+        bases=plan.values.bases, alpha=plan.alpha_of(plan.rank), rslora=plan.rslora,  # type: ignore[attr-defined]
+        seed=plan.settings.seed, transposed=plan.transposed,
+    )  # fmt: skip
 
 
 def _values_config(rank: int) -> dict[str, Any]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import torch
+from torch import Tensor
+
 from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.digests import digest, weights_digest
 from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import commonest_dtype
-from basiscli.checkpoints.kv_file import KVConfig
+from basiscli.checkpoints.kv_file import KVBases
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_run import KVRun
 from basiscli.names import natural_key
-from basiscli.reports.card import metadata_of, render_card
+from basiscli.reports.card import card, metadata_of
 from basiscli.reports.facts import checkpoint_record, peak_memory_bytes, unchanged, versions
+from basiscli.reports.reproduce import kv_command
 from basiscli.reports.schema import (
     CalibrationRecord,
     Cost,
@@ -24,8 +28,9 @@ from basiscli.reports.schema import (
 )
 
 
-def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: float) -> Report:
+def build_kv_report(run: KVRun, found: KVBases, bases: bytes, *, seconds: float) -> Report:
     """Assemble the report of a KV compression; `bases` is the content of their file."""
+    config, (key_energy, value_energy) = found.config, _energy(found.energy)
     plan, source = run.plan, run.plan.model.source
     specs = plan.layout.tensors
     entries = {name: run.output.finished[name] for name in specs}
@@ -46,6 +51,7 @@ def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: floa
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         method=MethodRecord(name=config.method, parameters=config.parameters, source=plan.method.source),
         sources=[checkpoint_record("model", source, plan.model.tensors.values(), copied)],
+        reproduce=kv_command(plan),
         seed=plan.settings.seed,
         notes=plan.notes,
         numbers=numbers,
@@ -56,6 +62,8 @@ def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: floa
             kept=config.kept,
             bytes_per_token=round(dense * config.kept),
             dense_bytes_per_token=dense,
+            key_energy=key_energy,
+            value_energy=value_energy,
             values_folded=config.values_folded,
             search=plan.settings.search,
             trained_steps=config.trained_steps,
@@ -96,37 +104,9 @@ def build_kv_report(run: KVRun, config: KVConfig, bases: bytes, *, seconds: floa
 
 def kv_card(plan: KVPlan, report: Report) -> bytes:
     """Return the model card."""
-    assert report.kv is not None
-    source = plan.model.source
-    return render_card(
-        "kv_card.md.jinja",
-        metadata_of(source, "quantized", report, library="transformers", tag="kv-cache"),
-        title=plan.out.name,
-        source=source.label,
-        report=report,
-        kv=report.kv,
-        dims=report.kv.kept * report.kv.head_dim,
-        key_mean=_mean(report.kv.key_ranks),
-        value_mean=_mean(report.kv.value_ranks),
-        parameters=", ".join(f"{name} = {value}" for name, value in report.method.parameters.items()),
-        command=kv_command(plan),
-    )
-
-
-def kv_command(plan: KVPlan) -> str:
-    """Return the command that makes this compression."""
-    settings = plan.settings
-    words = ["basis", "compress", plan.model.source.label, "--kv-ratio", f"{plan.ratio:g}"]
-    words += ["--method", plan.method.name] if plan.method.name != "matryoshka" else []
-    words += [word for name, value in plan.values for word in ("-p", f"{name}={value}")]
-    words += ["--calibration", settings.calibration.rpartition("/")[2]] if settings.calibration else []
-    words += ["--train-steps", str(settings.train_steps), "--batch", str(settings.batch)]
-    words += ["--length", str(settings.length), "--search", settings.search]
-    words += ["--fold-v"] if settings.fold_values else []
-    words += ["--export", settings.export] if settings.export else []
-    words += ["--dtype", settings.dtype.lower()] if settings.dtype else []
-    words += ["--seed", str(settings.seed)] if settings.seed else []
-    return " ".join(words)
+    metadata = metadata_of(plan.model.source, "quantized", report, library="transformers", tag="kv-cache")
+    usage = f'import basiscli\n\nmodel, tokenizer = basiscli.load("{plan.out.name}")'
+    return card(metadata, plan.out.name, report, usage=usage)
 
 
 def _engines(plan: KVPlan) -> dict[str, str]:
@@ -143,10 +123,13 @@ def _engines(plan: KVPlan) -> dict[str, str]:
     }
 
 
+def _energy(energy: Tensor) -> tuple[list[float], list[float]]:
+    """Return the mean share of the energy that each column holds, of the keys' bases and of the values'."""
+    shares = energy / energy.sum(-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    keys, values = shares.mean((0, 2)).tolist()
+    return [float(f"{share:.6g}") for share in keys], [float(f"{share:.6g}") for share in values]
+
+
 def _curve(losses: list[float]) -> list[float]:
     size = max(1, -(-len(losses) // 100))
     return [round(sum(part) / len(part), 5) for n in range(0, len(losses), size) if (part := losses[n : n + size])]
-
-
-def _mean(ranks: list[list[int]]) -> float:
-    return sum(map(sum, ranks)) / sum(map(len, ranks))

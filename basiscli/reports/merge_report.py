@@ -10,11 +10,14 @@ from typing import Any
 from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.compatibility import Model
 from basiscli.engine.merge_plan import factor_keys
 from basiscli.engine.merge_run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key
 from basiscli.reports.facts import license_of, peak_memory_bytes, versions
+from basiscli.reports.reproduce import merge_command
 from basiscli.reports.schema import (
     Continuation,
     Cost,
@@ -38,7 +41,7 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
         "parameters": float(sum(t.count for t in specs.values())),
         **run.numbers,
     }
-    parameters = plan.values.model_dump(mode="json")
+    parameters = plan.parameters
     # The weight that each factor of an adapter belongs to; a checkpoint's tensors are their own.
     weight_of = {key: name for view in plan.views for name in view.modules for key in factor_keys(view, name)}
     return Report(
@@ -46,6 +49,7 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         method=MethodRecord(name=plan.method.name, parameters=parameters, source=plan.method.source),
         sources=_sources(run, journal),
+        reproduce=merge_command(plan),
         seed=plan.settings.seed,
         notes=plan.notes,
         numbers=numbers,
@@ -53,7 +57,7 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
         continuation=Continuation(
             method=plan.method.name, parameters=parameters, weights=plan.weights, numbers=run.numbers
         )
-        if plan.method.onto_weight
+        if plan.method.onto_weight and plan.recipe is None  # a recipe's weights are of tensors, not of the whole model
         else None,
         kinds_found_by=run.kinds.found_by,
         weights_digest=weights_digest(specs.values(), written),
@@ -77,6 +81,16 @@ def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_mer
 
 def _sources(run: MergeRun, journal: Journal) -> list[SourceRecord]:
     plan = run.plan
+    if plan.recipe is not None:
+        whole = {
+            model.source: (model, _read_digests(journal, str(place)))
+            for place, model in [*enumerate(plan.models), (-1, plan.base)]
+            if model is not None and not (isinstance(model, Checkpoint) and model.is_assembled)
+        }
+        return [
+            _source(role, whole[source][0], None, whole[source][1]) if source in whole else _named(role, source)
+            for role, source in plan.recipe.sources
+        ]
     records = []
     if plan.base is not None:
         records.append(_source("base", plan.base, None, _read_digests(journal, "-1") | _copied_digests(journal)))
@@ -104,6 +118,15 @@ def _source(role: Any, model: Model, weight: float | None, read: Mapping[str, st
     )
 
 
+def _named(role: Any, source: Source) -> SourceRecord:
+    """Return the record of a model that a recipe took parts of."""
+    kind: Any = "adapter" if source.is_adapter else "checkpoint"
+    return SourceRecord(
+        role=role, spec=source.spec, kind=kind, repo_id=source.repo_id, revision=source.revision,
+        license=license_of(source),
+    )  # fmt: skip
+
+
 def _read_digests(journal: Journal, place: str) -> dict[str, str]:
     return {
         key.partition(":")[2]: entry["inputs"][place]
@@ -117,6 +140,11 @@ def _copied_digests(journal: Journal) -> dict[str, str]:
 
 
 def _whole_model(run: MergeRun, journal: Journal) -> TaskVectorRecord | None:
+    if run.plan.recipe is not None and any(isinstance(m, Checkpoint) and m.is_assembled for m in run.plan.models):
+        return None  # of layers of several models
+    recipe, models = run.plan.recipe, [model.source for model in run.plan.models]
+    if recipe is not None and [source for role, source in recipe.sources if role != "base"] != models:
+        return None  # made of parts of several models: a task vector is not one of theirs
     entries = [entry for name in run.plan.merged if "gram" in (entry := journal.get(f"{MERGE}:{name}", {}))]
     if not entries:
         return None
@@ -133,7 +161,9 @@ def _tensor(run: MergeRun, journal: Journal, spec: TensorSpec, name: str, sha256
     copied = entry.get("copied", False) or (journal.get(f"{WRITE}:{name}", {}).get("copied", False))
     record: dict[str, Any] = {}
     if "gram" in entry:
+        base = journal.get(f"{WRITE}:{name}", entry).get("base")
         record = {
+            "base_norm": None if base is None else math.sqrt(base),
             "norms": _norms(entry["gram"]),
             "cosines": _cosines(entry["gram"]),
             "merged_norm": run.numbers.get("scale", 1.0) * math.sqrt(max(entry["merged"], 0.0)),

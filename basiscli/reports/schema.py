@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 class _Record(BaseModel):
     # NaN and Inf, which JSON has no numbers for, are written as strings and read back.
-    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
 
 class SourceRecord(_Record):
@@ -60,6 +60,8 @@ class TensorRecord(_Record):
     norms: list[float] | None = None
     cosines: list[list[float | None]] | None = None
     merged_norm: float | None = None
+    base_norm: float | None = None
+    """Of the base's tensor, as far as the run had it at hand: what the others are large or small against."""
     r: list[int] | None = None
     """ortho: leading singular directions of the merged model that were closed to each model after the first."""
 
@@ -93,6 +95,9 @@ class KVRecord(_Record):
     bytes_per_token: int
     """Of the small cache in the weights' dtype, all layers."""
     dense_bytes_per_token: int
+    key_energy: list[float] | None = None
+    """Share of the keys' energy that each column of a basis holds, in order; the mean over layers and KV heads."""
+    value_energy: list[float] | None = None
     values_folded: bool
     search: str
     trained_steps: int
@@ -116,6 +121,8 @@ class ModuleRecord(_Record):
     """Share of its squared norm that the factors hold, as stored; of the inputs' variance where A is from data."""
     error: float | None = None
     """Of residual + s·B·A against the weight, relative."""
+    spectrum: list[float] | None = None
+    """The first 32 singular values of s·B·A as it starts; where A is from data, shares of the inputs' variance."""
     nf4_error: float | None = None
     """With `--quantize`: Frobenius norm of nf4(residual) + s·B·A − W."""
     nf4_error_qlora: float | None = None
@@ -130,8 +137,8 @@ class AdapterRecord(_Record):
     alpha: float
     rslora: bool
     exact: bool
-    trains: Literal["factors", "values"] = "factors"
-    """values: B diag(σ) A with only σ trained, without scaling; PEFT's TinyLoRA."""
+    trains: Literal["factors", "values", "coefficients"] = "factors"
+    """values: B diag(σ) A with only σ trained, without scaling; PEFT's TinyLoRA. coefficients: of NOLA's bases."""
     quantize: Literal["nf4"] | None = None
     """The format to load the residual in."""
     modules: dict[str, ModuleRecord]
@@ -173,6 +180,8 @@ class Report(_Record):
     created: str
     method: MethodRecord
     sources: list[SourceRecord]
+    reproduce: str | None = None
+    """The command that makes it again, in a folder that holds the inputs."""
     seed: int
     notes: list[str]
     numbers: dict[str, float]

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from basiscli.checkpoints.kv_file import CONFIG_FILE, read_kv_bases, read_kv_config
+from basiscli.checkpoints.kv_file import CONFIG_FILE, Prefill, read_kv_bases, read_kv_config
 from basiscli.checkpoints.source import resolve
 from basiscli.errors import InputError
 from basiscli.runtime.kv_projection import KVProjection, attach, attention_modules
-
-Prefill = Literal["compressed", "exact"]
 
 
 def load(

@@ -2,12 +2,16 @@
 
 LoRA from zero, PiSSA and EVA see the same batches in the same order. OUT gets one JSON file of losses a method and
 `curves.svg`; a method whose file is there is not trained again. About 15 minutes a method on one CPU core.
+
+A method may carry a rank, and NOLA its number of bases a factor: `--methods lora-r1 lora-r8 nola-r8-k363`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 import time
 from itertools import pairwise
@@ -21,12 +25,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import basiscli
+from basiscli import NolaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "three-domains"))
 from domains import DOMAINS, held_out_text, training_text
 
 COLOURS = {"lora": "#999999", "pissa": "#d55e00", "eva": "#0072b2"}  # told apart in all kinds of colour vision
 CALIBRATION_WINDOWS = 64
+METHOD = re.compile(r"(?P<name>[a-z]+)(-r(?P<rank>\d+))?(-k(?P<bases>\d+))?")
 
 
 def windows(tokenizer: Any, text: str, length: int) -> Tensor:
@@ -46,23 +52,26 @@ def training_batches(tokenizer: Any, args: argparse.Namespace) -> Tensor:
 
 def adapted(method: str, args: argparse.Namespace, batches: Tensor) -> PeftModel:
     """Return the model with a trainable adapter of one method on all its linear layers, scaling 1."""
-    if method == "lora":
+    found = METHOD.fullmatch(method)
+    assert found is not None  # `main` has seen to it
+    start, method, rank = args.output / "starts" / method, found["name"], int(found["rank"] or args.rank)
+    if method in ("lora", "nola"):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        config = LoraConfig(
-            r=args.rank, lora_alpha=args.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
-        )
+        everywhere = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        if method == "lora":
+            return get_peft_model(model, LoraConfig(lora_alpha=rank, lora_dropout=0.0, **everywhere))
+        config = NolaConfig(num_bases=int(found["bases"] or 1024), nola_alpha=rank, seed=args.seed, **everywhere)
         return get_peft_model(model, config)
-    start = args.output / "starts" / method
     if method == "eva":
         # The start sees the first windows that training will see, and no others.
         calibration = args.output / "starts" / "calibration.safetensors"
         calibration.parent.mkdir(parents=True, exist_ok=True)
         save_file({"input_ids": batches.flatten(0, 1)[:CALIBRATION_WINDOWS].contiguous()}, calibration)
         made = basiscli.init(
-            args.model, method=method, rank=args.rank, calibration=calibration, output=start, overwrite=True
+            args.model, method=method, rank=rank, calibration=calibration, output=start, overwrite=True
         )
     else:
-        made = basiscli.init(args.model, method=method, rank=args.rank, output=start, overwrite=True)
+        made = basiscli.init(args.model, method=method, rank=rank, output=start, overwrite=True)
     base = AutoModelForCausalLM.from_pretrained(made.residual or args.model, dtype=torch.float32)
     return PeftModel.from_pretrained(base, made.adapter, is_trainable=True)
 
@@ -77,11 +86,11 @@ def held_out_loss(model: torch.nn.Module, held_out: Tensor) -> float:
 
 
 def learning_rates(words: list[str], methods: list[str]) -> dict[str, float]:
-    """Read `--lr`: a number for all, NAME=NUMBER for one."""
+    """Read `--lr`: a number for all, NAME=NUMBER for one method, or for all ranks of it."""
     rates = dict.fromkeys(methods, 1e-3)
-    for word in sorted(words, key=lambda word: "=" in word):
+    for word in sorted(words, key=lambda word: len(word.partition("=")[0]) * ("=" in word)):
         name, _, number = word.rpartition("=")
-        rates |= {name: float(number)} if name else dict.fromkeys(methods, float(number))
+        rates |= {m: float(number) for m in methods if name in ("", m, m.partition("-")[0])}
     return rates
 
 
@@ -158,13 +167,15 @@ def steps_to(curve: dict[str, Any], target: float) -> float | None:
 def show(curves: dict[str, dict[str, Any]]) -> None:
     """Print a Markdown table."""
     print(
-        "| start | parameters | learning rate | held-out loss | step that reaches LoRA's last |\n|---|---|---|---|---|"
+        "| method | parameters | bytes | learning rate | held-out loss | perplexity | step that reaches LoRA's last |\n"
+        "|---|---|---|---|---|---|---|"
     )
     target = curves["lora"]["held_out"][-1][1] if "lora" in curves else None
     for method, curve in curves.items():
         reached = None if target is None else steps_to(curve, target)
         print(
-            f"| {method} | {curve['parameters']:,} | {curve['lr']:g} | {curve['held_out'][-1][1]:.4f} | "
+            f"| {method} | {curve['parameters']:,} | {curve['bytes']:,} | {curve['lr']:g} | "
+            f"{curve['held_out'][-1][1]:.4f} | {math.exp(curve['held_out'][-1][1]):.3f} | "
             f"{'–' if reached is None else round(reached)} |"
         )
 
@@ -177,7 +188,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lora", "pissa", "eva"], help="lora, and what `init` knows")
     parser.add_argument("--domain", choices=DOMAINS, default="kjv")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", nargs="+", default=["1e-3", "pissa=3e-4"], help="for all; NAME=… for one method")
+    parser.add_argument(
+        "--lr", nargs="+", default=["1e-3", "pissa=3e-4", "nola=1e-2"], help="for all; NAME=… for one method"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
@@ -185,6 +198,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, help="held-out windows")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for method in args.methods:
+        if not METHOD.fullmatch(method):
+            raise SystemExit(f"{method}: a method is NAME, NAME-rRANK or NAME-rRANK-kBASES")
 
     args.output.mkdir(parents=True, exist_ok=True)
     rates = learning_rates(args.lr, args.methods)
@@ -202,7 +218,10 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = adapted(method, args, batches)
         curve = train(model, batches, held_out, lr=rates[method], every=args.every, name=method)
-        curves[method] = {"settings": settings, "lr": rates[method], **curve}
+        saved = args.output / "adapters" / method
+        model.save_pretrained(saved, save_embedding_layers=False)
+        size = (saved / "adapter_model.safetensors").stat().st_size
+        curves[method] = {"settings": settings, "lr": rates[method], "bytes": size, **curve}
         (args.output / f"{method}.json").write_text(json.dumps(curves[method]) + "\n")
     curves = {method: curves[method] for method in [*COLOURS, *sorted(curves.keys() - COLOURS)] if method in curves}
     draw(curves, args.output / "curves.svg")

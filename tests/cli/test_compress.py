@@ -287,7 +287,7 @@ def test_the_model_card_has_the_command_that_makes_it_again(
     done(basis(*words(m, "--fold-v", "-p", "start=pca", "--seed", "5", search="spectrum")))
     out = m.with_name("m-kv0.5")
     card = (out / "README.md").read_text()
-    assert "**50.0 %** of its bytes" in card
+    assert "keeps 50.0 % of its bytes" in card
     assert 'basiscli.load("m-kv0.5")' in card
     (command,) = [line for line in card.splitlines() if line.startswith("basis compress")]
     first = made(out)

@@ -18,7 +18,6 @@ from typer.testing import Result
 
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL
-from basiscli.reports.charts import rank_chart
 from basiscli.reports.schema import read_report
 from tests import kv_models
 from tests.conftest import Tensors, basis_process, make_tensors, read_checkpoint, snapshot, write_checkpoint
@@ -763,12 +762,3 @@ def test_the_card_says_how_to_load_it_and_shows_the_ranks(basis: Basis, tuned: P
     assert "--target-modules '.*(q|v)_proj'" in card
     shown = (tmp_path / "out" / "ranks.svg").exists()
     assert shown == (len(set(ranks.values())) > 1) == ("](ranks.svg)" in card)
-
-
-def test_the_picture_of_ranks_is_the_same_again_and_names_every_kind() -> None:
-    ranks = {f"model.layers.{n}.{m}": 3 + n for n in range(12) for m in ("mlp.up_proj", "self_attn.q_proj")}
-    picture = rank_chart(ranks | {"pooler.dense": 1})
-    assert picture == rank_chart(ranks | {"pooler.dense": 1})
-    text = picture.decode()
-    for label in ("mlp.up_proj", "self_attn.q_proj", "pooler.dense", "outside", ">14<", "<title>"):
-        assert label in text

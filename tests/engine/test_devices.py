@@ -11,7 +11,7 @@ import torch
 
 import basiscli
 from basiscli.engine.devices import choose_device
-from basiscli.engine.local import Silent, Task, peak_workspace, run_tasks
+from basiscli.engine.local import Silent, Task, Threads, peak_workspace
 from basiscli.engine.tensor_reader import TensorReader
 from tests.conftest import read_checkpoint
 
@@ -75,9 +75,9 @@ def test_tasks_together_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
         return {}
 
     sizes = [90, 60, 50, 40, 30, 20, 10] * 5
-    tasks = [Task(str(n), 1, size, lambda size=size: work(size)) for n, size in enumerate(sizes)]
+    tasks = [Task(str(n), 1, size, (size,)) for n, size in enumerate(sizes)]
     done: list[str] = []
-    run_tasks(tasks, lambda key, _: done.append(key), workers=4, progress=Silent(), what="test")
+    Threads(4).run_tasks(tasks, work, lambda key, _: done.append(key), progress=Silent(), what="test")
     assert sorted(done, key=int) == [task.key for task in tasks]
     assert 90 < most[0] <= 100  # side by side, and no more than fits
     assert peak_workspace(sizes, 4) == 100
@@ -86,8 +86,8 @@ def test_tasks_together_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
 def test_a_task_larger_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("basiscli.engine.local.MIN_BUDGET_BYTES", 100)
     done: list[str] = []
-    tasks = [Task(str(n), 1, size, dict) for n, size in enumerate([500, 80, 80])]
-    run_tasks(tasks, lambda key, _: done.append(key), workers=3, progress=Silent(), what="test")
+    tasks = [Task(str(n), 1, size, ()) for n, size in enumerate([500, 80, 80])]
+    Threads(3).run_tasks(tasks, dict, lambda key, _: done.append(key), progress=Silent(), what="test")
     assert sorted(done) == ["0", "1", "2"]
     assert peak_workspace([500, 80, 80], 3) == 500
 

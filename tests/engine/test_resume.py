@@ -188,9 +188,9 @@ def test_scratch_goes_as_soon_as_its_tensor_is_written(
     left = []
     write_sum = MergeRun._write_sum
 
-    def count(self: MergeRun, name: str) -> dict[str, object]:
+    def count(self: MergeRun, name: str, *merged: object) -> dict[str, object]:
         left.append(len(list(self.output.scratch.iterdir())))
-        return write_sum(self, name)
+        return write_sum(self, name, *merged)
 
     monkeypatch.setattr(MergeRun, "_write_sum", count)
     basiscli.merge([family["a"]], method="ortho", base=family["base"], output=tmp_path / "out", workers=1)
@@ -214,5 +214,5 @@ def test_scratch_that_did_not_reach_the_disk_is_made_again(
     assert result.report.weights_digest == whole.report.weights_digest
 
 
-def interrupted(self: MergeRun, name: str) -> dict[str, object]:
+def interrupted(self: MergeRun, name: str, *merged: object) -> dict[str, object]:
     raise KeyboardInterrupt

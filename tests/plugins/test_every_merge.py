@@ -14,10 +14,34 @@ from tests.conftest import add, make_tensors, read_checkpoint, write_checkpoint
 
 METHODS = Registry().names("merge")
 everywhere = pytest.mark.parametrize("method", METHODS)
+SHARED_PAGES = {
+    "breadcrumbs_ties": "breadcrumbs",
+    "dare_linear": "dare",
+    "dare_ties": "dare",
+    "della_linear": "della",
+}
+# What a method cannot do without, and what makes it do all it can.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1, "rescale": True},
+    "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1},
+    "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "della": {"density": 0.5},
+    "della_linear": {"density": [0.5, 0.6], "epsilon": 0.2},
+    "model_stock": {"filter_wise": True},
+    "nearswap": {"t": 0.01},
+    "nuslerp": {"nuslerp_flatten": False},
+    "passthrough": {"scale": 1.0},
+    "sce": {"select_topk": 0.5},
+    "slerp": {"t": 0.3},
+    "ties": {"density": [0.3, 0.6], "rescale": True},
+}
 
 
 def merge(folders: list[Path], base: Path, out: Path, method: str, **options: Any) -> basiscli.MergeResult:
-    return basiscli.merge(folders, method=method, base=base, output=out, **options)
+    _, most = Registry().find("merge", method).models
+    options = {"parameters": PARAMETERS.get(method, {})} | options
+    return basiscli.merge(folders[:most], method=method, base=base, output=out, **options)
 
 
 @everywhere
@@ -95,8 +119,10 @@ def test_every_method_is_documented(method: str) -> None:
     found = Registry().find("merge", method)
     assert found.summary.endswith(".")
     assert found.source
-    page = Path(__file__).parents[2] / "docs" / "methods" / f"{method}.md"
+    pages = Path(__file__).parents[2] / "docs" / "methods"
+    page = pages / f"{SHARED_PAGES.get(method, method)}.md"
     assert page.is_file()
+    assert f"--method {method}" in page.read_text()
     assert all(f"`{name}`" in page.read_text() for name in found.parameters.model_fields)
 
 

@@ -1,0 +1,98 @@
+"""Which engine does a plan's tasks: threads of this machine, or a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+from basiscli.engine.local import Engine, Threads
+from basiscli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from basiscli.engine.merge_plan import Settings
+    from basiscli.engine.partial import Plan
+
+EngineName = Literal["local", "ray"]
+
+
+class EngineOptions(TypedDict, total=False):
+    """What commands take by name that can run on a cluster."""
+
+    engine: EngineName
+    ray_address: str | None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster, and how its workers make the plan of the run they take part in."""
+
+    address: str | None
+    """As Ray takes it ('auto', 'host:port'); None starts one on this machine."""
+    workers: int | None
+    """Tasks at a time; None for as many as the cluster has processors."""
+    plan: Callable[[], Plan]
+    """Plain data and a function that other machines have, too, so that it can be pickled."""
+
+
+def cluster_of(options: Mapping[str, Any], planner: Callable[..., Any], *given: Any) -> Cluster | None:
+    """Return the cluster that options ask for, if they do.
+
+    Args:
+        options: of the command, by name.
+        planner: the function of the Python API that plans it; returns a `Plan`.
+        given: what `planner` takes before the options.
+
+    Raises:
+        UsageError: no such engine, Ray is not installed, an address without it.
+    """
+    engine, address, workers = options.get("engine", "local"), options.get("ray_address"), options.get("workers")
+    if engine not in get_args(EngineName):
+        raise UsageError(f"no engine '{engine}'", remedy=f"one of {', '.join(get_args(EngineName))}")
+    if engine == "local":
+        if address is not None:
+            raise UsageError(f"a Ray address ({address}) for the local engine", remedy="add --engine ray")
+        return None
+    if find_spec("ray") is None:
+        raise UsageError("--engine ray needs Ray, which is not installed", remedy="pip install 'basiscli[ray]'")
+    # A worker finds the place taken by the run it belongs to, and works on one tensor at a time.
+    there = {**options, "engine": "local", "ray_address": None, "overwrite": True, "workers": 1}
+    return Cluster(address, workers, partial(planner, *given, **there))
+
+
+def device_of(settings: Settings) -> torch.device:
+    """Return the device of a run; on a cluster the workers' own, which need not be on this machine.
+
+    Raises:
+        ResourceError: if there is no such device here, where the work is done here.
+    """
+    import torch
+
+    from basiscli.engine.devices import choose_device
+
+    if settings.cluster is None:
+        return choose_device(settings.device)
+    return torch.device("cpu" if settings.device == "auto" else settings.device)
+
+
+@contextmanager
+def engine_of(plan: Plan, settings: Settings) -> Iterator[Engine]:
+    """Provide what does the tasks of a plan.
+
+    Raises:
+        UsageError: the plan was made to be priced.
+    """
+    if settings.headers_only:
+        raise UsageError("a plan on headers alone can be priced and not carried out", remedy="leave out headers_only")
+    if settings.cluster is None:
+        yield Threads(settings.workers)
+        return
+    from basiscli.engine.ray import connected
+
+    with connected(settings.cluster, plan, device_of(settings)) as engine:
+        yield engine

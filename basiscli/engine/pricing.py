@@ -1,0 +1,154 @@
+"""What a plan would take: bytes, floating-point operations, and hours at the rates of `engine.rates`.
+
+Operations are counted from shapes, multiplications and additions alike, as the algorithms of `linalg` do them: n × n
+eigenvectors as 9 n³, the product of m × k and k × n as 2 m n k. What an elementwise method does to each number is in
+its measured rate; of its operations only the weighted sum and the statistics of the report are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.architecture import Kind, kind_by_name
+from basiscli.engine.init_plan import InitPlan
+from basiscli.engine.local import MIN_BUDGET_BYTES
+from basiscli.engine.merge_plan import MergePlan, Settings, workspace
+from basiscli.engine.rates import MEASURED, Rates
+from basiscli.names import format_size
+
+_EIGEN = 9  # operations of a symmetric eigendecomposition with vectors, in n³
+_KRYLOV_BLOCKS = 8  # of rank + 8 columns each: what `fast_svd` needs on weights of language models, about
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a run would take on so many workers of the machine whose rates these are."""
+
+    read_bytes: int
+    write_bytes: int
+    flops: float
+    seconds: float
+    workers: int
+    machine: str
+
+    @property
+    def hours(self) -> float:
+        """The time in hours."""
+        return self.seconds / 3600
+
+    def sentence(self) -> str:
+        """Return operations and time as a person reads them."""
+        rate = format_size((self.read_bytes + self.write_bytes) / max(self.seconds, 1e-9))
+        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        return (
+            f"{_operations(self.flops)}: about {_time(self.seconds)} with {workers}, each {self.machine}, "
+            f"on storage of at least {rate}/s"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return {**vars(self), "hours": self.hours}
+
+
+def _operations(flops: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}FLOP"
+        flops /= 1000
+    return f"{flops:.4g} EFLOP"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def merge_price(plan: MergePlan, rates: Rates = MEASURED) -> Price:
+    """Return what a merge would take."""
+    names, tensors = [*plan.merged, *plan.copied], plan.reference.tensors
+    sources = len(plan.models) + (plan.base is not None)
+    # Reading, converting, hashing and writing cost the same a byte whatever the method adds.
+    streamed = plan.read_bytes + plan.write_bytes + 2 * plan.scratch_bytes
+    elements = sum(tensors[name].count for name in names)
+    flops = 2.0 * len(plan.models) * elements
+    if plan.base is not None:
+        flops += 2.0 * sources**2 * elements
+    seconds = streamed / rates.merge_bytes(plan.method.name) / plan.settings.workers
+    if plan.two_passes:
+        steps = len(plan.models) - 1
+        work = [
+            (steps * _projection(tensors[name].shape), workspace(plan, name))
+            for name in plan.merged
+            if kind_by_name(tensors[name]) is Kind.LINEAR and len(tensors[name].shape) == 2
+        ]
+        if not any(isinstance(model, AdapterView) for model in plan.models):  # factors of adapters cost next to nothing
+            flops += sum(own for own, _ in work)
+            seconds += _shared(work, plan.settings) / rates.exact_flops
+    return Price(plan.read_bytes, plan.write_bytes, flops, seconds, plan.settings.workers, rates.machine)
+
+
+def init_price(plan: InitPlan, rates: Rates = MEASURED) -> Price:
+    """Return what an initialisation would take."""
+    settings = plan.settings
+    read = sum(t.nbytes for t in plan.model.tensors.values()) * (2 if plan.base is not None else 1)
+    if plan.calibration is not None:
+        return _from_data(plan, rates, read)
+    exact = plan.exact or plan.method.name == "milora"
+    decompose, per_second = (_exact_svd, rates.exact_flops) if exact else (_fast_svd, rates.fast_flops)
+    work = [
+        (decompose(plan.model.tensors[name].shape, plan.rank), plan.workspace(name))
+        for name in plan.targets
+        if not plan.trains_coefficients
+    ]
+    seconds = (read + plan.expected_bytes) / rates.copy_bytes / settings.workers + _shared(work, settings) / per_second
+    flops = sum(own for own, _ in work)
+    return Price(read, plan.expected_bytes, flops, seconds, settings.workers, rates.machine)
+
+
+def _from_data(plan: InitPlan, rates: Rates, read: int) -> Price:
+    """Price running the model over the text, the moments of its inputs, and their eigenvectors."""
+    assert plan.calibration is not None
+    inputs = [plan.linear_shape(name)[1] for name in plan.targets]
+    parameters = sum(t.count for t in plan.model.tensors.values() if kind_by_name(t) is not Kind.EMBEDDING)
+    # q, k and v, and gate and up, see the same inputs: about every second weight needs a moment of its own.
+    forward = plan.calibration.tokens * (2.0 * parameters + sum(2.0 * width**2 for width in inputs) / 2)
+    axes = sum(_fast_svd((width, width), plan.rank) for width in inputs) / 2
+    seconds = (read + plan.expected_bytes) / rates.copy_bytes + forward / rates.forward_flops + axes / rates.fast_flops
+    workers = plan.settings.workers
+    return Price(read, plan.expected_bytes, forward + axes, seconds / workers, workers, rates.machine)
+
+
+def _shared(work: Sequence[tuple[float, int]], settings: Settings) -> float:
+    """Return the operations that are left to each worker, of tasks with their operations and bytes of memory.
+
+    In one machine's memory large tasks do not fit side by side, however many workers there are; see `Threads`.
+    """
+    even = sum(flops for flops, _ in work) / settings.workers
+    if settings.cluster is not None or not work:
+        return even
+    budget = max([MIN_BUDGET_BYTES, *(held for _, held in work)])
+    return max(even, sum(flops * held for flops, held in work) / budget)
+
+
+def _projection(shape: Iterable[int]) -> float:
+    """Return the operations of a dense step of `linalg.projection`: two thirds of SᵀS, its vectors, U, T V, U M Vᵀ."""
+    n, m = sorted(shape)
+    return (4 / 3 + 6) * m * n**2 + _EIGEN * n**3
+
+
+def _exact_svd(shape: Iterable[int], rank: int) -> float:
+    n, m = sorted(shape)
+    return 2.0 * m * n**2 + _EIGEN * n**3 + 2.0 * m * n * rank
+
+
+def _fast_svd(shape: Iterable[int], rank: int) -> float:
+    """Return the operations of a block Krylov iteration: two products a block, and its basis made orthogonal twice."""
+    n, m = sorted(shape)
+    columns = _KRYLOV_BLOCKS * (rank + min(rank, 8))
+    if 2 * columns >= n:
+        return _exact_svd((n, m), rank)
+    return 4.0 * m * n * columns + 8.0 * n * columns**2 + _EIGEN * columns**3

@@ -1,0 +1,1 @@
+"""Recipes: whole pipelines in YAML, and mergekit's files as they are."""

@@ -1,0 +1,111 @@
+"""What `--dry-run` says of checkpoints that are known by their headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+import basiscli
+from basiscli.checkpoints.header import encode_header, read_header
+from basiscli.engine.merge_plan import MergePlan
+from basiscli.engine.pricing import init_price, merge_price
+from basiscli.errors import InputError, UsageError
+from tests.conftest import LLAMA
+
+
+def behead(folder: Path) -> Path:
+    """Cut the data off every file of a checkpoint."""
+    for file in folder.glob("*.safetensors"):
+        raw = file.read_bytes()
+        file.write_bytes(raw[: 8 + int.from_bytes(raw[:8], "little")])
+    return folder
+
+
+def headers(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    from basiscli.checkpoints.header import TensorSpec
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()]
+    (folder / "model.safetensors").write_bytes(encode_header(specs, {"format": "pt"})[0])
+    return folder
+
+
+def test_headers_are_priced_as_the_checkpoints_they_are_of(family: dict[str, Path], tmp_path: Path) -> None:
+    def price() -> dict[str, object]:
+        plan = basiscli.plan_merge(
+            [family["a"], family["b"]], method="ties", base=family["base"], output=tmp_path / "out", headers_only=True
+        )
+        plan.close()
+        return merge_price(plan).as_dict() | {"peak": plan.peak_bytes, "files": plan.layout.nbytes}
+
+    whole = price()
+    for folder in family.values():
+        behead(folder)
+    assert price() == whole
+
+
+def test_headers_alone_are_for_dry_runs(family: dict[str, Path], tmp_path: Path, basis: Callable[..., Result]) -> None:
+    behead(family["b"])
+    words = ["merge", family["a"], family["b"], "-m", "linear", "-o", tmp_path / "out"]
+    dry = basis(*words, "--dry-run", "--json")
+    assert dry.exit_code == 0
+    assert json.loads(dry.output)["price"]["flops"] > 0
+    wet = basis(*words)
+    assert wet.exit_code == 3
+    assert "truncated" in wet.output
+    plan = basiscli.plan_merge([family["a"], family["b"]], method="linear", output=tmp_path / "out", headers_only=True)
+    assert isinstance(plan, MergePlan)
+    with pytest.raises(UsageError, match="priced and not carried out"):
+        basiscli.merge([family["a"], family["b"]], method="linear", output=tmp_path / "out", headers_only=True)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("cut", [-1, 1])
+def test_a_byte_less_or_more_than_the_header_is_damage(family: dict[str, Path], cut: int) -> None:
+    file = family["a"] / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[: 8 + int.from_bytes(raw[:8], "little") + cut])
+    with pytest.raises(InputError, match="truncated"):
+        read_header(file, headers_only=True)
+
+
+def test_a_merge_larger_than_any_disk_here_is_priced(tmp_path: Path, basis: Callable[..., Result]) -> None:
+    shapes = {f"model.layers.{n}.mlp.up_proj.weight": (1 << 16, 1 << 14) for n in range(2000)}
+    models = [headers(tmp_path / name, shapes) for name in "ab"]
+    result = basis("merge", *models, "-m", "linear", "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert "write 4.3 TB" in result.output
+    assert " hours with " in result.output
+    assert result.output.splitlines()[-1].startswith("8.59 TFLOP")  # two operations for each of 2 · 2000 · 2³⁰ elements
+
+
+def test_operations_of_ortho_and_pissa_by_hand(tmp_path: Path) -> None:
+    m, n, rank = 4096, 1024, 16
+    shapes = {"model.layers.0.mlp.up_proj.weight": (m, n), "model.norm.weight": (n,)}
+    base, a, b, c = (headers(tmp_path / name, shapes) for name in ("base", "a", "b", "c"))
+    plan = basiscli.plan_merge([a, b, c], method="ortho", base=base, output=tmp_path / "out", headers_only=True)
+    elements = m * n + n
+    steps = 2 * (2 * m * n**2 * (2 / 3 + 3) + 9 * n**3)  # the first model is taken as it is
+    assert math.isclose(merge_price(plan).flops, 2 * 3 * elements + 2 * 16 * elements + steps)
+    exact = basiscli.plan_init(a, rank=rank, exact=True, output=tmp_path / "out", headers_only=True)
+    fast = basiscli.plan_init(a, rank=rank, output=tmp_path / "out", headers_only=True)
+    assert math.isclose(init_price(exact).flops, 2 * m * n**2 + 9 * n**3 + 2 * m * n * rank)
+    assert 0 < init_price(fast).flops < init_price(exact).flops / 5
+    assert init_price(fast).seconds < init_price(exact).seconds
+
+
+def test_more_workers_take_less_time(family: dict[str, Path], tmp_path: Path) -> None:
+    times = []
+    for workers in (1, 4):
+        plan = basiscli.plan_merge(
+            [family["a"], family["b"]], method="linear", output=tmp_path / "out", workers=workers
+        )
+        times.append(merge_price(plan).hours)
+        plan.close()
+    assert math.isclose(times[0], 4 * times[1])
