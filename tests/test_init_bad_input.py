@@ -361,7 +361,7 @@ def test_a_plugin_that_asks_for_what_there_is_not(home: Path, basis: Basis) -> N
     file.write_text('from basiscli import transform\n@transform("init")\ndef odd(weight, base):\n    "x."\n')
     refused = basis(*words(home), "-m", "odd", "--plugin", file, "-o", home / "out")
     assert refused.exit_code == USAGE
-    assert "takes weight, rank, svd, inputs, not 'base'" in refused.stderr
+    assert "takes weight, rank, svd, inputs, random, not 'base'" in refused.stderr
 
 
 # Shares of the energy -------------------------------------------------------------------------------------------------

@@ -123,15 +123,14 @@ class InitRun:
         method: DataInit = plan.method.implementation(plan.values)
         offers: dict[str, tuple[Tensor, Tensor]] = {}
         for moments in self._moments():
-            shared: dict[int, tuple[Tensor, Tensor]] = {}
-            for name, module in plan.targets.items():
-                if module in moments:
-                    found = moments[module]
-                    if id(found) not in shared:
-                        shared[id(found)] = self._directions(name, method, found)
-                    offers[name] = shared[id(found)]
-                    del found
-            del moments  # before the next layer's come
+            while moments:  # the widest last, when the others' are no longer there
+                found = min(moments.values(), key=lambda inputs: len(inputs.total))
+                modules = {module for module, inputs in moments.items() if inputs is found}
+                for module in modules:
+                    del moments[module]
+                names = [name for name, module in plan.targets.items() if module in modules]
+                offers |= dict.fromkeys(names, self._directions(names[0], method, found))
+                del found
         self.ranks = shared_ranks({n: offers[n][1] if n in offers else torch.zeros(0) for n in plan.targets}, plan.rank)
         self.output.allocate(plan.layout_of(self.ranks))
         for name, rank in self.ranks.items():
@@ -167,7 +166,7 @@ class InitRun:
                 tensor=name,
                 remedy="`directions` returns A [count, in] and scores [count]; report this to the method's author",
             )
-        return rows.cpu(), scores.cpu()
+        return rows.cpu().float(), scores.cpu()  # every layer's rows wait until the ranks are known
 
     def _moments(self) -> Iterator[dict[str, InputMoments]]:
         """Run the calibration text through the model; see `LayerwiseModel.moments`."""

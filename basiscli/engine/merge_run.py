@@ -158,6 +158,7 @@ class MergeRun:
                 grams = part if grams is None else grams + part
                 base_square += inner(base, base)
             hasher.update(self._write(name, merged, block.rows))
+            del block, base, others, available, merged  # before the next is read
         entry: dict[str, Any] = {"digests": {name: hasher.hexdigest()}, "inputs": read.digests()}
         if grams is not None:
             entry |= {"gram": grams[:-1, :-1].tolist(), "merged": float(grams[-1, -1]), "base": base_square}

@@ -62,6 +62,7 @@ class TensorReader:
             if keep:
                 kept.append(block)
             yield block
+            del base, block  # before the next is read
         self._checked = True
         self._kept = kept if keep else None
 
