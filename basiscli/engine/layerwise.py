@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.architecture import loaded_names
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import give_back_memory, ran_out_of_memory
+from basiscli.engine.devices import free_at_once, ran_out_of_memory
 from basiscli.engine.local import Progress
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import InputError
@@ -55,6 +55,7 @@ class LayerwiseModel:
     _arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        free_at_once()
         self.model = empty_model(self.checkpoint, self.dtype)
         names = loaded_names(self.checkpoint, self.checkpoint.tensors)
         self._stored = {_modern(loaded): stored for stored, loaded in names.items()}
@@ -112,7 +113,6 @@ class LayerwiseModel:
                     del collector  # one layer's moments at a time: those of a wide layer are gigabytes
                     yield found
                     del found
-                give_back_memory()
             late = [name for name in outside if name not in early.found]
             if late:
                 with self._collecting(late) as collector:
