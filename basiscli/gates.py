@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from basiscli.errors import GateFailed, UsageError, did_you_mean
@@ -88,10 +89,13 @@ class Gate:
     def check_names(self, known: Collection[str]) -> None:
         """Refuse a name that no number has.
 
+        Args:
+            known: the numbers' names; `*` stands for what only the work can tell: 'task_arc_easy_*'.
+
         Raises:
             UsageError: with the nearest name that there is.
         """
-        for name in sorted(self.names - set(known)):
+        for name in sorted(name for name in self.names if not any(fnmatchcase(name, one) for one in known)):
             raise UsageError(f"--fail-if '{self.expression}': no number '{name}'", remedy=did_you_mean(name, known))
 
     def outcome(self, numbers: Mapping[str, float]) -> Outcome:

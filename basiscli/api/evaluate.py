@@ -1,22 +1,21 @@
-"""Measuring a model, alone or against another: quality on a text, size of the cache, speed of generation."""
+"""Measuring a model, alone or against another: quality on a text and in tasks, size of the cache, speed."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basiscli.api.decoding import speeds_of
+from basiscli.api.tasks import TaskScore, find_tasks, number_prefix
 from basiscli.checkpoints.kv_file import Prefill
 from basiscli.engine.local import Progress, Silent
 from basiscli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_CHUNK = 512  # tokens of a prompt that are read at a time before decoding is timed
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class ModelFigures:
     """Measured: bytes of the cache's tensors after a prompt, a token."""
     decode_tokens_per_second: dict[int, float] = field(default_factory=dict)
     """Greedy decoding of one text, by the number of tokens before it."""
+    tasks: list[TaskScore] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Evaluation:
             "accuracy": self.model.accuracy,
             "cache_bytes_per_token": self.model.cache_bytes_per_token,
             **{f"decode_tokens_per_second_{n}": x for n, x in self.model.decode_tokens_per_second.items()},
+            **{score.name: score.value for score in self.model.tasks},
+            **{f"{score.name}_stderr": score.stderr for score in self.model.tasks if score.stderr is not None},
         }
         if self.against is None:
             return own
@@ -70,6 +72,8 @@ class Evaluation:
         }
         for context, speed in self.model.decode_tokens_per_second.items():
             own[f"decode_speedup_{context}"] = speed / other.decode_tokens_per_second[context]
+        for score, reference in zip(self.model.tasks, other.tasks, strict=True):
+            own[f"{score.name}_change"] = score.value - reference.value
         return own
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,11 +81,15 @@ class Evaluation:
         return asdict(self) | {"numbers": self.numbers}
 
 
-def number_names(*, pair: bool, contexts: Sequence[int]) -> set[str]:
-    """Return the names of the numbers that an evaluation will give, alone or against another model."""
+def number_names(*, pair: bool, contexts: Sequence[int], tasks: Sequence[str] = ()) -> set[str]:
+    """Return the names of the numbers that an evaluation will give, alone or against another model.
+
+    Only the work tells a task's metrics: of their names a pattern is there, `task_NAME_*`.
+    """
     names = {"perplexity", "accuracy", "cache_bytes_per_token"}
     names |= {"perplexity_increase", "accuracy_kept", "cache_kept", "kl", "agreement"} if pair else set()
     timed = ["decode_tokens_per_second", *(["decode_speedup"] if pair else [])]
+    names |= {f"{number_prefix(task)}*" for task in tasks}
     return names | {f"{name}_{context}" for name in timed for context in contexts}
 
 
@@ -95,6 +103,10 @@ def evaluate(
     prefill: Prefill = "compressed",
     contexts: Sequence[int] = (),
     new_tokens: int = 16,
+    tasks: Sequence[str] = (),
+    task_path: str | Path | None = None,
+    task_limit: int | None = None,
+    few_shot: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -111,6 +123,10 @@ def evaluate(
             (for both models).
         contexts: numbers of tokens after which decoding is timed; none by default.
         new_tokens: tokens decoded for each timing.
+        tasks: names that lm-evaluation-harness (the extra `eval`) knows, for `prefill` 'compressed' only.
+        task_path: a folder with task YAML files of one's own, for `tasks` to name.
+        task_limit: examples of each task; all by default.
+        few_shot: solved examples before each; by default as many as the task says.
         device: 'auto', 'cpu', 'cuda', 'cuda:1'.
         progress: what to tell how far the work is.
 
@@ -122,6 +138,9 @@ def evaluate(
     for name, value, least in (("length", length, 16), ("windows", windows, 1), ("new_tokens", new_tokens, 1)):
         if value < least:
             raise UsageError(f"{name} {value}", remedy=f"at least {least}")
+    if tasks and prefill == "exact":  # the harness scores whole prompts, which would never see the cache
+        raise UsageError("tasks with prefill 'exact'", remedy="leave --prefill compressed")
+    asked = find_tasks(tasks, folder=task_path, limit=task_limit, few_shot=few_shot)
     import torch
 
     from basiscli.calibration.tokens import read_windows
@@ -132,6 +151,7 @@ def evaluate(
     shown, place = progress or Silent(), choose_device(device)
     specs = [str(model), *([str(against)] if against is not None else [])]
     sources = [resolve(spec) for spec in specs]
+    tokenizers = [load_tokenizer(source.folder) for source in sources] if asked else []
     loaded = [load(source.folder, device=place, prefill=prefill)[0] for source in sources]
     sizes = [one.config.get_text_config().vocab_size for one in loaded]
     if len(set(sizes)) > 1:
@@ -150,12 +170,18 @@ def evaluate(
         with torch.no_grad():
             sums = _quality(loaded, chosen, place, prefill == "exact", shown)
             caches = [_cache_bytes(one, chosen.ids[:1].to(place)) for one in loaded]
-            speeds = _speeds(loaded, chosen.ids.flatten().to(place), contexts, new_tokens, shown)
+            speeds = speeds_of(loaded, chosen.ids.flatten().to(place), contexts, new_tokens, shown)
+            scores: list[list[TaskScore]] = [[] for _ in loaded]
+            if asked:
+                shown.start("tasks", len(tasks) * len(loaded), len(tasks) * len(loaded), "tasks")
+                scores = [asked.score(*one, shown) for one in zip(loaded, tokenizers, strict=True)]
     finally:
         shown.stop()
     figures = [
-        ModelFigures(source.spec, math.exp(min(nll / sums.tokens, 700)), hits / sums.tokens, cache, speed)
-        for source, nll, hits, cache, speed in zip(sources, sums.nll, sums.hits, caches, speeds, strict=True)
+        ModelFigures(source.spec, math.exp(min(nll / sums.tokens, 700)), hits / sums.tokens, cache, speed, scored)
+        for source, nll, hits, cache, speed, scored in zip(
+            sources, sums.nll, sums.hits, caches, speeds, scores, strict=True
+        )
     ]
     pair = len(figures) > 1
     return Evaluation(
@@ -230,52 +256,3 @@ def _cache_bytes(model: Any, ids: Tensor) -> float:
     stored = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
     total: int = sum(x.numel() * x.element_size() for x in stored)
     return total / int(cache.get_seq_length())
-
-
-def _speeds(
-    models: list[Any], ids: Tensor, contexts: Sequence[int], new_tokens: int, progress: Progress
-) -> list[dict[int, float]]:
-    """Time greedy decoding after prompts of several lengths; the models take turns, and the median step counts."""
-    found: list[dict[int, float]] = [{} for _ in models]
-    if contexts:
-        progress.start("timing", len(contexts), sum(contexts) * len(models), "tokens")
-    for context in contexts:
-        prompt = ids.repeat(-(-context // len(ids)))[:context][None]
-        steps = [_Decoding(one, prompt) for one in models]
-        times: list[list[float]] = [[] for _ in models]
-        for _ in range(new_tokens):
-            for one, seconds in zip(steps, times, strict=True):
-                seconds.append(one.step())
-        for number, seconds in enumerate(times):
-            found[number][context] = 1 / sorted(seconds)[len(seconds) // 2]
-        progress.advance(context * len(models))
-    return found
-
-
-class _Decoding:
-    """Greedy decoding of one text, a token at a time."""
-
-    def __init__(self, model: Any, prompt: Tensor) -> None:
-        self.model, self.cache, last = model, None, None
-        for chunk in prompt.split(_CHUNK, 1):
-            last = model(input_ids=chunk, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = last.past_key_values
-        assert last is not None
-        self.token = last.logits[:, -1:].argmax(-1)
-
-    def step(self) -> float:
-        """Decode one token; return the seconds it took."""
-        wait = _waiting(self.token)
-        wait()
-        started = time.perf_counter()
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-        self.token = out.logits[:, -1:].argmax(-1)
-        wait()
-        return time.perf_counter() - started
-
-
-def _waiting(tensor: Tensor) -> Callable[[], None]:
-    """Return what waits until a device has done what it was given."""
-    import torch
-
-    return torch.cuda.synchronize if tensor.is_cuda else lambda: None

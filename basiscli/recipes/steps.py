@@ -57,7 +57,7 @@ COMMANDS = {
     "push": Command("basiscli.api.push", "push"),
 }
 _NOLA = Command("basiscli.api.nola", "compress_adapter", "plan_adapter")
-INPUTS = frozenset({"base", "onto", "initial", "against", "calibration", "text"})
+INPUTS = frozenset({"base", "onto", "initial", "against", "calibration", "text", "task_path"})
 """Options that name a model or a file. There, and after the command, a step's name stands for its result."""
 _ABOUT = frozenset({"name", "fail_if"})
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)
@@ -127,7 +127,8 @@ def _step(given: Mapping[str, Any], where: str, file: Path, taken: list[str]) ->
     with in_recipe(file, f"{where}.fail_if"):
         gates = [parse_gate(text) for text in ([fail_if] if isinstance(fail_if, str) else fail_if)]
         if word == "eval":
-            known = number_names(pair="against" in options, contexts=options.get("contexts") or ())
+            timed, tasks = options.get("contexts") or (), options.get("tasks") or ()
+            known = number_names(pair="against" in options, contexts=timed, tasks=tasks)
             for gate in gates:
                 gate.check_names(known)
     given_words = [str(one) for one in words] if isinstance(words, list) else [str(words)]

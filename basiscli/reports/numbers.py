@@ -56,8 +56,11 @@ MEANINGS: dict[str, str] = {
 PATTERNS: dict[str, str] = {
     "decode_tokens_per_second_N": "tokens decoded a second after N tokens",
     "decode_speedup_N": "that speed / the other model's",
+    "task_NAME_METRIC": "score in a metric of lm-evaluation-harness's task NAME",
+    "task_NAME_METRIC_stderr": "standard error of that score",
+    "task_NAME_METRIC_change": "that score − the other model's",
 }
-"""Names with a number N in them."""
+"""Names with a number N, or a task's NAME and a METRIC, in them."""
 
 _UNKNOWN = "a number of this method"
 
@@ -73,7 +76,10 @@ class NamedNumber:
 
 def meaning_of(name: str) -> str:
     """Return what a number means; a method of somebody else's may give numbers that are not known here."""
-    return MEANINGS.get(name) or PATTERNS.get(re.sub(r"_\d+$", "_N", name)) or _UNKNOWN
+    pattern = re.sub(r"_\d+$", "_N", name)
+    if found := re.fullmatch(r"task_\w+?_\w+?(_stderr|_change)?", name):
+        pattern = f"task_NAME_METRIC{found[1] or ''}"
+    return MEANINGS.get(name) or PATTERNS.get(pattern) or _UNKNOWN
 
 
 def is_documented(name: str) -> bool:
