@@ -515,7 +515,7 @@ def test_fewer_tokens_than_directions(speaking: Path, refuse: Refuse) -> None:
     """32 tokens have 31 directions at most, once their mean is out."""
     given = data(speaking, "--tokens", "32", "--rho", "4", rank=8)
     cause = "32 calibration tokens reach this layer, too few for 32 directions"
-    tensor = "model.layers.0.mlp.down_proj.weight"
+    tensor = "model.layers.0.self_attn.k_proj.weight"
     refuse(given, INPUT, cause, "a smaller --rank", file=speaking / "text.txt", tensor=tensor)
 
 
