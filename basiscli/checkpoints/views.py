@@ -74,8 +74,10 @@ class Checkpoint:
         """Whether this is made of parts of checkpoints, and no checkpoint as it lies on the disk."""
         return self._config is not None
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> torch.Tensor:
         """Return a tensor, or rows of it (a slice of its first dimension), in its storage dtype on the CPU.
+
+        In `pinned` memory a GPU can fetch it while the CPU goes on.
 
         Raises:
             InputError: if the file ends before the tensor does.
@@ -88,7 +90,7 @@ class Checkpoint:
             first, last, _ = rows.indices(shape[0])
             row_bytes = stored.nbytes // shape[0] if shape[0] else 0
             shape, offset = (last - first, *shape[1:]), offset + first * row_bytes
-        tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype))
+        tensor = torch.empty(shape, dtype=torch_dtype(stored.dtype), pin_memory=pinned)
         if tensor.numel():
             self._fill(raw_bytes(tensor), stored, offset)
         return tensor

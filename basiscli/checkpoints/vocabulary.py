@@ -76,15 +76,15 @@ class Revocabulated(Checkpoint):
         super().__init__(checkpoint.source, checkpoint.files, tensors, renumbered(checkpoint.config, rows))
         self._mean = cache(self._mean_row)
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> torch.Tensor:
         """Return a tensor, or rows of it; see `Checkpoint.read`."""
         if name not in self._tables:
-            return super().read(name, rows)
+            return super().read(name, rows, pinned=pinned)
         import torch
 
         first, last, _ = (rows or slice(None)).indices(len(self._rows.own))
         like = self._inner.read(name, slice(0, 0))
-        values = torch.zeros((last - first, *like.shape[1:]), dtype=like.dtype)
+        values = torch.zeros((last - first, *like.shape[1:]), dtype=like.dtype, pin_memory=pinned)
         for begin, end, source in _runs(self._rows.own[first:last]):
             if source >= 0:
                 values[begin:end] = self._inner.read(name, slice(source, source + end - begin))

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.digests import stored_digest
+from basiscli.checkpoints.direct import DirectFile
 from basiscli.checkpoints.dtypes import raw_bytes
 from basiscli.checkpoints.header import StoredTensor, TensorSpec, encode_header, read_header
 from basiscli.checkpoints.layout import METADATA, Layout, Shard
+from basiscli.checkpoints.transfer import to_host
 from basiscli.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Shards:
         self.scratch = self.folder / SCRATCH
         self._places = _places(layout)
         self._descriptors: dict[str, int] = {}
+        self._direct: dict[str, DirectFile] = {}
 
     @classmethod
     def join(cls, out: Path, layout: Layout, fingerprint: str) -> Shards:
@@ -74,10 +77,16 @@ class Shards:
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> memoryview:
         """Write a tensor, or consecutive rows of it from `row` on, at its place; return the bytes that were written."""
-        data = raw_bytes(tensor.cpu())
+        data = raw_bytes(to_host(tensor))
         file, offset = self._places[name]
         row_bytes = len(data) // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 0
-        _write_all(self._descriptors[file], data, offset + row * row_bytes, self.folder / file)
+        begin = offset + row * row_bytes
+        try:
+            first, last = self._direct[file].write(data, begin) if file in self._direct else (0, 0)
+        except OSError as error:
+            raise _disk_error(error, self.folder / file) from error
+        _write_all(self._descriptors[file], data[:first], begin, self.folder / file)
+        _write_all(self._descriptors[file], data[last:], begin + last, self.folder / file)
         return data
 
     def sync(self) -> None:
@@ -93,6 +102,9 @@ class Shards:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        for direct in self._direct.values():
+            direct.close()
+        self._direct.clear()
 
 
 class PartialOutput(Shards):
@@ -115,7 +127,7 @@ class PartialOutput(Shards):
             if not (resume and self._take_up(fingerprint)):
                 self._begin(fingerprint)
             for shard in layout.shards:
-                self._descriptors[shard.file] = os.open(self.folder / shard.file, os.O_RDWR)
+                self._open(shard)
         except OSError as error:
             self.close()
             raise _disk_error(error, self.folder) from error
@@ -130,7 +142,7 @@ class PartialOutput(Shards):
         try:
             for shard in layout.shards:
                 self._make(shard)
-                self._descriptors[shard.file] = os.open(self.folder / shard.file, os.O_RDWR)
+                self._open(shard)
         except OSError as error:
             raise _disk_error(error, self.folder) from error
 
@@ -252,6 +264,11 @@ class PartialOutput(Shards):
         # The journal's first line comes last: without it nothing here counts.
         os.write(self._journal, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
 
+    def _open(self, shard: Shard) -> None:
+        file = self.folder / shard.file
+        self._descriptors[shard.file] = os.open(file, os.O_RDWR)
+        self._direct[shard.file] = DirectFile(file)
+
     def _make(self, shard: Shard) -> None:
         (self.folder / shard.folder).mkdir(exist_ok=True)
         descriptor = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -287,7 +304,7 @@ def write_file(file: Path, tensors: Iterable[TensorSpec], data: Iterable[torch.T
     try:
         _write_all(descriptor, memoryview(header), 0, file)
         for part in data:
-            chunk = raw_bytes(part.cpu())
+            chunk = raw_bytes(to_host(part))
             _write_all(descriptor, chunk, position, file)
             state.update(chunk)
             position += len(chunk)

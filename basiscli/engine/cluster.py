@@ -90,7 +90,9 @@ def engine_of(plan: Plan, settings: Settings) -> Iterator[Engine]:
     if settings.headers_only:
         raise UsageError("a plan on headers alone can be priced and not carried out", remedy="leave out headers_only")
     if settings.cluster is None:
-        yield Threads(settings.workers)
+        from basiscli.engine.lanes import devices_of
+
+        yield Threads(settings.workers, devices_of(device_of(settings)), plan.notes)
         return
     from basiscli.engine.ray import connected
 

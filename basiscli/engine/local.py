@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from basiscli.engine.room import Room
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_BUDGET_BYTES = 1 << 30  # below this, tasks run side by side without being counted
 
@@ -100,13 +104,21 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Threads:
-    """Does tasks in threads of this process, as many at a time as the memory budget allows.
+    """Does tasks in threads of this process, as many at a time as the memory of their devices allows.
+
+    Every thread is a pipeline of its own: it reads, copies, computes, copies back and writes. On a GPU each has a
+    stream, so that one thread's copies run beside another's kernels while others read, hash and write; several GPUs
+    share the threads and the list of tasks.
 
     Every task runs single-threaded: BLAS sums in another order with another number of threads, so results could not be
     the same bytes for any number of workers. The parallelism is between tasks.
     """
 
     workers: int
+    devices: Sequence[torch.device] = ()
+    """What threads compute on, in turn; none for whatever the tasks themselves choose."""
+    notes: list[str] = field(default_factory=list)
+    """Where it is noted for the report what was done otherwise than planned."""
 
     def run_tasks(
         self,
@@ -117,38 +129,51 @@ class Threads:
         progress: Progress,
         what: str,
     ) -> None:
-        """Run tasks; see `Engine`."""
+        """Run tasks; see `Engine`.
+
+        A task that runs out of memory runs again when it is alone on its device, and from a GPU then on the CPU.
+        """
+        from basiscli.engine.lanes import exact_arithmetic, on_device, room_bytes
+
         queue: Iterator[Task] = iter(largest_first(tasks))
-        budget = max([MIN_BUDGET_BYTES, *(task.workspace for task in tasks)])
-        condition = threading.Condition()
-        in_use = 0
+        lock = threading.Lock()
+        largest = max((task.workspace for task in tasks), default=0)
+        places: Sequence[torch.device | None] = self.devices or (None,)
+        rooms = [Room(max(room_bytes(place, MIN_BUDGET_BYTES), largest)) for place in places]
         failure: BaseException | None = None
 
         def take() -> Task | None:
-            nonlocal in_use
-            with condition:
-                task = next(queue, None) if failure is None else None
-                if task is not None:
-                    condition.wait_for(lambda: in_use + task.workspace <= budget or failure is not None)
-                    in_use += task.workspace
-                return task
+            with lock:
+                return next(queue, None) if failure is None else None
 
-        def work() -> None:
-            nonlocal in_use, failure
-            while (task := take()) is not None and failure is None:
-                try:
-                    record(task.key, do(*task.arguments))
-                    progress.advance(task.size)
-                except BaseException as error:  # handed to the caller's thread
-                    failure = failure or error
-                finally:
-                    with condition:
-                        in_use -= task.workspace
-                        condition.notify_all()
+        def work(place: torch.device | None, room: Room) -> None:
+            nonlocal failure
+            try:
+                with on_device(place):
+                    while (task := take()) is not None:
+                        with room.share(task.workspace, lambda: failure is not None) as held:
+                            if not held:
+                                return
+                            entry = _unless_out_of_memory(do, task)
+                        if entry is None:
+                            self._say(f"{task.key} ran out of memory and was done again, alone", progress)
+                            with room.alone():
+                                entry = self._alone(do, task, progress)
+                        record(task.key, entry)
+                        progress.advance(task.size)
+            except BaseException as error:  # handed to the caller's thread
+                failure = failure or error
+                for other in rooms:
+                    other.wake()
 
         progress.start(what, len(tasks), sum(task.size for task in tasks))
-        with _one_thread_each():
-            threads = [threading.Thread(target=work, name=f"basis-{n}", daemon=True) for n in range(self.workers)]
+        with exact_arithmetic():
+            threads = [
+                threading.Thread(
+                    target=work, args=(places[n % len(places)], rooms[n % len(rooms)]), name=f"basis-{n}", daemon=True
+                )
+                for n in range(self.workers)
+            ]
             try:
                 for thread in threads:
                     thread.start()
@@ -156,20 +181,44 @@ class Threads:
                     thread.join()
             except KeyboardInterrupt as interrupt:
                 failure = interrupt
+                for room in rooms:
+                    room.wake()
                 for thread in threads:
                     thread.join()
                 raise
         if failure is not None:
             raise failure
 
+    def _alone(self, do: Callable[..., dict[str, Any]], task: Task, progress: Progress) -> dict[str, Any]:
+        """Do a task that ran out of memory beside others."""
+        from basiscli.engine.lanes import free_cached, on_cpu
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    import torch
+        free_cached()
+        elsewhere = on_cpu(do)
+        if elsewhere is None:
+            return do(*task.arguments)
+        entry = _unless_out_of_memory(do, task)
+        if entry is None:
+            free_cached()
+            self._say(f"{task.key} does not fit the device's memory and was done on the CPU", progress)
+            entry = elsewhere(*task.arguments)
+        return entry
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    def _say(self, text: str, progress: Progress) -> None:
+        progress.note(text)
+        self.notes.append(text)
+
+
+def _unless_out_of_memory(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, Any] | None:
+    """Do a task; None where its device's memory did not suffice.
+
+    The error ends here, and with it all that its frames hold.
+    """
+    from basiscli.engine.devices import ran_out_of_memory
+
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        return do(*task.arguments)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        return None

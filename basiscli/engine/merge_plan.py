@@ -28,6 +28,7 @@ from basiscli.names import natural_key
 from basiscli.transforms import Choices, History, Method
 
 BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
+GPU_BLOCK_ELEMENTS = 1 << 22  # there a step costs its launch, and Python's, rather than its elements
 KEPT_BYTES = 1 << 27  # of all models together: a tensor up to this size is read once however often it is gone over
 ADAPTER_FILE = "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
@@ -266,8 +267,13 @@ def plan_opened(
     return plan
 
 
-def workspace(plan: MergePlan, name: str) -> int:
-    """Return the bytes of memory that the work on one tensor takes, at most."""
+def block_elements(device_type: str) -> int:
+    """Return how many elements of one model are merged at a time; the bytes of results do not depend on workers."""
+    return GPU_BLOCK_ELEMENTS if device_type == "cuda" else BLOCK_ELEMENTS
+
+
+def workspace(plan: MergePlan, name: str, block: int = BLOCK_ELEMENTS) -> int:
+    """Return the bytes of memory that the work on one tensor takes, at most, in blocks of so many elements."""
     tensor = plan.reference.tensors[name]
     count, models = tensor.count, len(plan.models)
     is_matrix = kind_by_name(tensor) in {Kind.LINEAR, None}
@@ -277,7 +283,7 @@ def workspace(plan: MergePlan, name: str) -> int:
         return 16 * count + 6 * 8 * side * side
     if plan.two_passes or plan.method.elementwise or (plan.method.rowwise and len(tensor.shape) > 1):
         row = count // max(1, tensor.shape[0]) if tensor.shape else 1
-        elements = min(count, max(BLOCK_ELEMENTS, row))
+        elements = min(count, max(block, row))
     else:
         elements = count
     kept = kept_bytes(plan, name)

@@ -17,12 +17,14 @@ from basiscli.checkpoints.digests import digest, file_digest
 from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
+from basiscli.engine.devices import within_memory
 from basiscli.engine.local import Engine, Progress, Task
-from basiscli.engine.merge_plan import MergePlan, factor_keys, workspace
+from basiscli.engine.merge_plan import MergePlan, block_elements, factor_keys, workspace
 from basiscli.engine.tensor_reader import TensorReader, is_finite
-from basiscli.errors import BasisError, InputError, ResourceError
+from basiscli.errors import BasisError, InputError
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.names import seed_for
 from basiscli.transforms import Blocks, Norms, TaskVectorMerge, TaskVectors
@@ -59,7 +61,7 @@ class MergeRun:
             ResourceError: memory or disk ran out.
         """
         self._forget_damaged()
-        try:
+        with within_memory("fewer --workers, or --device cpu; the same command goes on where this one stopped"):
             if self.plan.two_passes:
                 self._two_passes()
             else:
@@ -67,11 +69,6 @@ class MergeRun:
                 self._pass("merging", tasks, self._merge_elements)
                 if self.plan.method.onto_weight is not None:
                     self.numbers = {"models": float(len(self.plan.models) + max(0, self.plan.earlier - 1))}
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ResourceError(
-                "out of memory",
-                remedy="fewer --workers, or --device cpu; the same command goes on where this one stopped",
-            ) from error
         return self.output.finished
 
     # The passes -------------------------------------------------------------------------------------------------------
@@ -104,8 +101,9 @@ class MergeRun:
         self, stage: str, names: list[str], further: Callable[[str], tuple[Any, ...]] = lambda name: ()
     ) -> list[Task]:
         """Return what the journal does not have; `further` arguments follow each tensor's name."""
+        tensors, block = self.plan.reference.tensors, block_elements(self.device.type)
         return [
-            Task(key, self.plan.reference.tensors[name].nbytes, workspace(self.plan, name), (name, *further(name)))
+            Task(key, tensors[name].nbytes, workspace(self.plan, name, block), (name, *further(name)))
             for name in names
             if (key := f"{stage}:{name}") not in self.output.finished
         ]
@@ -223,7 +221,7 @@ class MergeRun:
                 if low_rank is not None:
                     total = total + low_rank.dense(rows) * scale
                 elif scratch is not None:
-                    total = total + scratch.read("dense", rows).to(self.device) * scale
+                    total = total + read_to(self.device, scratch, "dense", rows) * scale
                 hasher.update(self._write(name, total, rows))
         return {"digests": {name: hasher.hexdigest()}, "inputs": read.digests(), "base": base_square}
 

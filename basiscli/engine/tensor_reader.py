@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from basiscli.checkpoints.adapter import AdapterView
-from basiscli.checkpoints.dtypes import raw_bytes
+from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.engine.compatibility import Model
-from basiscli.engine.merge_plan import BLOCK_ELEMENTS, KEPT_BYTES, MergePlan, kept_bytes
+from basiscli.engine.merge_plan import KEPT_BYTES, MergePlan, block_elements, kept_bytes
 from basiscli.errors import InputError
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.transforms import Block
@@ -39,7 +39,7 @@ class TensorReader:
 
     def blocks(self, *, whole: bool = False) -> Iterator[slice | None]:
         """Yield the blocks of rows to work on; None for all of it at once."""
-        return iter([None]) if whole else row_blocks(self.shape, BLOCK_ELEMENTS)
+        return iter([None]) if whole else row_blocks(self.shape, block_elements(self.device.type))
 
     def merge_blocks(self) -> Iterator[Block]:
         """Yield the tensor of base (if any) and models as the merge method takes it; may be gone over several times.
@@ -120,8 +120,8 @@ class TensorReader:
                     yield update.scaled(factor)
                 continue
             # `statistics` has checked and digested what is read here once more.
-            base = self._convert(self.plan.reference.read(self.name)) if base is None else base
-            values = self._convert(model.read(self.name)) if self.name in model.tensors else base
+            base = self._fetch(self.plan.reference) if base is None else base
+            values = self._fetch(model) if self.name in model.tensors else base
             yield (values - base) * factor if factor != 1.0 else values - base
 
     @property
@@ -151,7 +151,7 @@ class TensorReader:
 
     def _read_model(self, place: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
         if self.name not in model.tensors:
-            return base.clone() if base is not None else self._convert(self.plan.reference.read(self.name, rows))
+            return base.clone() if base is not None else self._fetch(self.plan.reference, rows)
         if isinstance(model, Checkpoint):
             return self._read(place, model, rows)
         # The base is at hand: do not read it once an adapter. In a recipe an adapter may be on another model.
@@ -159,23 +159,25 @@ class TensorReader:
             update = self._low_rank(model)
             values = base + update.dense(rows) if update.rank else base.clone()
         else:
-            values = self._convert(model.read(self.name, rows))
+            values = self._fetch(model, rows)
         if not (self._checked or is_finite(values)):
             self._refuse_nonfinite(model)
         return values
 
     def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
-        raw = checkpoint.read(self.name, rows)
-        values = self._convert(raw)
         if self._checked:
-            return values
-        self._hashers.setdefault(place, hashlib.sha256()).update(raw_bytes(raw))
+            return self._fetch(checkpoint, rows)
+        values = self._fetch(checkpoint, rows, self._hashers.setdefault(place, hashlib.sha256()).update)
         if not is_finite(values):
             self._refuse_nonfinite(checkpoint)
         return values
 
-    def _convert(self, raw: Tensor) -> Tensor:
-        return raw.to(self.device, torch.float64 if self._wide else torch.float32)
+    def _fetch(
+        self, model: Model, rows: slice | None = None, seen: Callable[[memoryview], object] = lambda data: None
+    ) -> Tensor:
+        """Return rows of a model's tensor in the dtype of the arithmetic; `seen` gets the stored bytes."""
+        raw = read_to(self.device, model, self.name, rows, seen)
+        return raw.to(torch.float64 if self._wide else torch.float32)  # on the device: fewer bytes travel there
 
     def _refuse_nonfinite(self, model: Model) -> None:
         if not self.plan.settings.allow_nonfinite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,18 +28,18 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_out_of_memory_leaves_the_work_for_the_next_run(
     family: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, reads = TensorReader._convert, 0
+    read, reads = TensorReader._fetch, 0
 
-    def exhausted(self: TensorReader, raw: torch.Tensor) -> torch.Tensor:
+    def exhausted(self: TensorReader, *words: Any) -> torch.Tensor:
         nonlocal reads
         reads += 1
         if reads > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(self, raw)
+        return read(self, *words)
 
     options = {"method": method, "base": family["base"], "output": tmp_path / "out", "workers": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(TensorReader, "_convert", exhausted)
+        patch.setattr(TensorReader, "_fetch", exhausted)
         with pytest.raises(basiscli.ResourceError, match="out of memory") as caught:
             basiscli.merge([family["a"], family["b"]], **options)
     assert "--device cpu" in (caught.value.remedy or "")

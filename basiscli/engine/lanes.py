@@ -1,0 +1,67 @@
+"""Where the threads of a run compute: on a GPU each on a stream of its own, with products in full precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_SHARE = 0.8  # of a GPU's free memory: workspaces are estimates, and libraries take some for themselves
+
+
+def devices_of(device: torch.device) -> list[torch.device]:
+    """Return what a run's threads share: all GPUs for 'cuda', the one that 'cuda:1' names, the CPU for 'cpu'."""
+    if device.type == "cuda" and device.index is None:
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [device]
+
+
+def room_bytes(device: torch.device | None, least: int) -> int:
+    """Return the memory that tasks may take together on a device: on a CPU the least that is always there."""
+    if device is None or device.type != "cuda":
+        return least
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(_SHARE * free)
+
+
+@contextmanager
+def on_device(device: torch.device | None) -> Iterator[None]:
+    """Have this thread compute on a GPU, for which torch.device('cuda') then stands, on a new stream of it."""
+    if device is None or device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Have every task compute with one thread, and float32 products be float32 products (no TF32) on a GPU."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def free_cached() -> None:
+    """Give back what torch keeps of a GPU's memory after tensors are gone."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def on_cpu(do: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]] | None:
+    """Return a run's method as the method of the same run on the CPU; None where it runs there already."""
+    run = getattr(do, "__self__", None)
+    if getattr(run, "device", None) in (None, torch.device("cpu")):
+        return None
+    elsewhere = copy.copy(run)
+    elsewhere.device = torch.device("cpu")  # type: ignore[union-attr]
+    found: Callable[..., dict[str, Any]] = getattr(elsewhere, do.__name__)
+    return found
