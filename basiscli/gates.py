@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from basiscli.errors import GateFailed, UsageError, did_you_mean
+from basiscli.names import for_json
 
 _MOST_CHARACTERS, _MOST_NESTED = 1000, 50  # keep recursion far from its limit
 _COMPARISONS: dict[type[ast.cmpop], tuple[str, Callable[[float, float], bool]]] = {
@@ -72,10 +73,15 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data; JSON has no numbers for NaN and Inf."""
         made = [
-            {"comparison": one.text, "left": _plain(one.left), "right": _plain(one.right), "holds": one.holds}
+            {"comparison": one.text, "left": one.left, "right": one.right, "holds": one.holds}
             for one in self.comparisons
         ]
-        return {"expression": self.expression, "failed": self.failed, "comparisons": made, "cause": self.cause}
+        return {
+            "expression": self.expression,
+            "failed": self.failed,
+            "comparisons": for_json(made),
+            "cause": self.cause,
+        }
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,3 @@ def _shown(node: ast.expr, value: float) -> str:
 
 def _text(node: ast.expr) -> str:
     return ast.unparse(node).replace(_MARK, "")
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from basiscli.version import __version__
 
 # What makes a checkpoint or an adapter; never code, training state or other frameworks' copies of the weights.
 _KEEP = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_WEIGHTS = ("*.safetensors", "*_model*.bin", "*.gguf")  # the first kind that a model has is taken
 _SKIP = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*/*.safetensors", "*/*.bin"]
 # Files by whose names a model is loaded: one that an earlier push left would be loaded with, or instead of, the new.
 _LOADED = re.compile(
@@ -59,30 +61,73 @@ def pull(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
         HubError: not found, gated, offline, rate limit, no connection, damaged bytes: each with what to do.
         InputError: the repository holds no weights, or names a file outside of itself.
     """
-    with explained(f"{repo_id}@{revision}" if revision else repo_id, writing=False):
+    with explained(named(repo_id, revision), writing=False):
         folder = retried(lambda: _download(repo_id, revision))
     # huggingface_hub names a snapshot's folder by its commit.
     commit = folder.name if folder.parent.name == "snapshots" else None
     return folder, commit
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+def named(repo_id: str, revision: str | None) -> str:
+    """Return what a user calls a model."""
+    return f"{repo_id}@{revision}" if revision else repo_id
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """Return the weights that a pull would take, of the files of a model."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    top = [name for name in names if "/" not in name]
+    found = (list(filter_repo_objects(top, allow_patterns=kind, ignore_patterns=_SKIP)) for kind in _WEIGHTS)
+    return next(filter(None, found), [])
+
+
+def fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Download files of a model, or find them in the cache, and return the snapshot's folder.
+
+    Raises:
+        DamagedDownload: a file has other bytes than the Hub says; it is gone from the cache then.
+    """
+    from huggingface_hub import constants, snapshot_download
 
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     before = {file.name for file in blobs.glob("*")}
-    for weights in ("*.safetensors", "*_model*.bin", "*.gguf"):
-        folder = Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=[*_KEEP, weights], ignore_patterns=_SKIP)
-        )
-        _check_digests(folder, before)
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=_SKIP))
+    _check_digests(folder, before)
+    return folder
+
+
+def in_cache(repo_id: str, revision: str | None) -> Path | None:
+    """Return the folder of a model that was downloaded before, without asking the Hub; None where there is none."""
+    from huggingface_hub import errors, snapshot_download
+
+    for weights in _WEIGHTS:
+        with suppress(errors.LocalEntryNotFoundError):
+            folder = Path(
+                snapshot_download(
+                    repo_id, revision=revision, local_files_only=True, allow_patterns=weights, ignore_patterns=_SKIP
+                )
+            )
+            if any(folder.glob(weights)):
+                return folder
+    return None
+
+
+def no_weights(repo_id: str) -> InputError:
+    """Return the error for a model that is none."""
+    return InputError(f"{repo_id} holds no weights (.safetensors, .bin or .gguf)", remedy="give another model")
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors
+
+    for weights in _WEIGHTS:
+        folder = fetch(repo_id, revision, [*_KEEP, weights])
         if any(folder.glob(weights)):
             return folder
     if constants.HF_HUB_OFFLINE:
         raise errors.LocalEntryNotFoundError("the cache holds a part of it, without weights")
-    raise InputError(
-        f"{repo_id} holds no weights (.safetensors, .bin or .gguf)", file=folder, remedy="give another model"
-    )
+    raise no_weights(repo_id)
 
 
 def _check_digests(folder: Path, before: set[str]) -> None:

@@ -1,9 +1,12 @@
-"""Order and spelling of names and sizes."""
+"""Order and spelling of names, sizes and numbers."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from basiscli.errors import UsageError
 
@@ -46,6 +49,15 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def for_json(value: Any) -> Any:
+    """Return plain data with the words 'nan', 'inf' and '-inf' in the place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): for_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def seed_for(seed: int, name: str) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +20,9 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from basiscli.cli import app
+
+if TYPE_CHECKING:
+    from tests.hub_server import Hub
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
 
@@ -103,6 +109,35 @@ def family(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Return a Hub that huggingface_hub talks to in this process, with an empty cache and somebody logged in."""
+    from huggingface_hub import close_session, constants
+
+    from tests.hub_server import TOKEN, running_hub
+
+    with running_hub() as hub:
+        settings = {
+            "ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"), "HF_HUB_DISABLE_XET": True,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_TOKEN_PATH": str(tmp_path / "hf" / "token"), "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }  # fmt: skip
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+        close_session()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the pauses between tries, which take no time."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
 def basis() -> Callable[..., Result]:
     """Return a function that runs the command line in this process."""
     runner = CliRunner()
@@ -123,6 +158,35 @@ def basis_process(*words: str | Path, cwd: Path | None = None, **env: str) -> su
         text=True,
         check=False,
     )
+
+
+def stop_after(patch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:
+    """Let a method be interrupted, as by Ctrl-C, after it worked so many times."""
+    real, left = getattr(owner, name), [calls]
+
+    def stop(self: Any, *words: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(self, *words, **options)
+
+    patch.setattr(owner, name, stop)
+
+
+@contextmanager
+def full_disk(call: str, after: int) -> Iterator[list[int]]:
+    """Let a call of the system fail for lack of space after it worked so many times; yield a list of one a call."""
+    real, seen = getattr(os, call), list[int]()
+
+    def fail(*words: Any) -> Any:
+        seen.append(1)
+        if len(seen) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"basiscli.checkpoints.writer.os.{call}", fail)
+        yield seen
 
 
 def snapshot(*folders: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -121,6 +122,10 @@ class Hub:
     tokens_at_storage: set[str | None] = field(default_factory=set)
     received: int = 0
     """Bytes of large files that arrived, also those of uploads that broke off."""
+    served: int = 0
+    """Bytes of large files that were sent, also those that nobody read."""
+    ranges: bool = True
+    """Whether the storage knows ranges; else it sends everything."""
     on_upload: Callable[[], None] = lambda: None
     """Called for every block of a large file that arrives."""
     address: str = ""
@@ -323,7 +328,10 @@ class Hub:
             return error(403, message="not signed")
         if request.method in ("GET", "HEAD"):
             content = self.objects.get(match["oid"])
-            return error(404) if content is None else _range(request, content, {"ETag": f'"{match["oid"]}"'})
+            if content is None:
+                return error(404)
+            known = {"ETag": f'"{match["oid"]}"'}
+            return _range(request, content, known) if self.ranges else Answer(200, content, known)
         if match["part"] is None:
             return self._keep(match["oid"], request.body)
         if match["part"] == "complete":
@@ -346,13 +354,14 @@ class Hub:
 
 
 def _range(request: Request, content: bytes, headers: dict[str, str]) -> Answer:
-    """Return a file, or the rest of it from where a broken download stopped."""
-    asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+    """Return a file or a part of it: its beginning, or the rest from where a broken download stopped."""
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
     if asked is None:
         return Answer(200, content, headers)
-    begin = int(asked[1])
-    headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-    return Answer(206, content[begin:], headers)
+    begin, end = int(asked[1]), min(int(asked[2] or len(content) - 1) + 1, len(content))
+    if begin >= len(content):
+        return Answer(416, b"", headers | {"Content-Range": f"bytes */{len(content)}"})
+    return Answer(206, content[begin:end], headers | {"Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -420,7 +429,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault.cut is not None:
             body, self.close_connection = body[: fault.cut], True
-        self.wfile.write(body)
+        for begin in range(0, len(body), 1 << 16):
+            block = body[begin : begin + (1 << 16)]
+            if self.is_storage:
+                self.hub.served += len(block)
+            self.wfile.write(block)
 
     def log_message(self, *words: object) -> None:
         """Say nothing."""
@@ -431,6 +444,11 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: clients that are killed go away without a word."""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return what a model on disk is as a model of the Hub."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @contextmanager

@@ -10,8 +10,7 @@ import pickle
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import Result
 
-from tests.conftest import basis_process, make_tensors, read_checkpoint, snapshot, write_checkpoint
+from tests.conftest import basis_process, full_disk, make_tensors, read_checkpoint, snapshot, write_checkpoint
 
 USAGE, INPUT, HUB, RESOURCE = 2, 3, 5, 6
 EMBEDDING = "model.embed_tokens.weight"
@@ -844,22 +843,6 @@ def test_not_enough_disk_space(family: Family, refuse: Refuse, tmp_path: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     remedy = "free some space"
     refuse(models(family), RESOURCE, "not enough disk space", remedy, file=tmp_path)
-
-
-@contextmanager
-def full_disk(call: str, after: int) -> Iterator[list[int]]:
-    """Let a call of the system fail for lack of space after it worked so many times; yield a list of one a call."""
-    real, seen = getattr(os, call), list[int]()
-
-    def fail(*words: Any) -> Any:
-        seen.append(1)
-        if len(seen) > after:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"basiscli.checkpoints.writer.os.{call}", fail)
-        yield seen
 
 
 def shards_of(model: Path) -> dict[str, bytes]:

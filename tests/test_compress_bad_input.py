@@ -7,8 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from typer.testing import Result
 import basiscli
 from basiscli.engine.kv_run import KVRun
 from basiscli.errors import UsageError
-from tests.conftest import read_checkpoint, snapshot, write_checkpoint
+from tests.conftest import full_disk, read_checkpoint, snapshot, write_checkpoint
 from tests.kv_models import llama, make_model, make_text, save_model
 
 USAGE, INPUT, RESOURCE = 2, 3, 6
@@ -445,22 +444,6 @@ def test_an_export_of_a_model_that_names_no_architecture(
 def test_not_enough_disk_space(m: Path, refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     refuse(words(m), RESOURCE, "not enough disk space", "free some space", file=tmp_path)
-
-
-@contextmanager
-def full_disk(call: str, after: int) -> Iterator[list[int]]:
-    """Let a call of the system fail for lack of space after it worked so many times; yield a list of one a call."""
-    real, seen = getattr(os, call), list[int]()
-
-    def fail(*words: Any) -> Any:
-        seen.append(1)
-        if len(seen) > after:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"basiscli.checkpoints.writer.os.{call}", fail)
-        yield seen
 
 
 def made(folder: Path) -> dict[str, bytes]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, Unpack, get_args
 
+from basiscli.api.settings import OutputOptions
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import resolve
+from basiscli.engine.cluster import EngineOptions, cluster_of
 from basiscli.engine.kv_plan import Export, KVPlan, KVSettings, Search, plan_kv
-from basiscli.engine.local import Progress, Silent, default_workers
+from basiscli.engine.local import Engine, Progress, Silent, Threads, default_workers
 from basiscli.errors import InputError, UsageError
 from basiscli.names import parse_size
 from basiscli.registry import Registry
@@ -26,14 +29,13 @@ class CompressResult:
     report: Report
 
 
-class CompressOptions(TypedDict, total=False):
+class CompressOptions(OutputOptions, EngineOptions, total=False):
     """What `compress` and `plan_compress` take by name; `compress` documents each."""
 
     kv_ratio: float | None
     kv_budget: float | None
     method: str
     parameters: Mapping[str, Any]
-    output: str | Path | None
     calibration: str | Path | None
     train_steps: int
     batch: int
@@ -42,13 +44,6 @@ class CompressOptions(TypedDict, total=False):
     fold_values: bool
     export: Export | None
     plugins: Sequence[str | Path]
-    device: str
-    dtype: str | None
-    shard_size: str
-    workers: int | None
-    seed: int
-    resume: bool
-    overwrite: bool
 
 
 _SETTINGS = (
@@ -82,7 +77,8 @@ def compress(
             device: 'auto', 'cpu', 'cuda', 'cuda:1'.
             dtype: storage dtype of the result; by default as stored.
             shard_size: size limit of a file, '5GB' by default.
-            workers: tensors written at a time.
+            workers: threads of the statistics and of the writing; on a cluster, tasks at a time.
+            engine, ray_address: as for `merge`; the cluster takes the statistics, and the rest is done here.
             seed: decides the windows and ranks of each training step.
             resume: go on where an interrupted run stopped (default).
             overwrite: replace an earlier output of basis.
@@ -111,11 +107,13 @@ def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -
     if calibration is not None and not Path(calibration).exists():
         raise InputError("no such calibration file", file=Path(calibration), remedy="check the path")
     dtype = options.get("dtype")
+    cluster = cluster_of(options, plan_compress, str(model))
     settings = KVSettings(
         calibration=None if calibration is None else str(calibration),
         dtype=parse_dtype(dtype) if dtype else None,
         shard_bytes=parse_size(options.get("shard_size", "5GB")),
         workers=options.get("workers") or default_workers(),
+        cluster=cluster,
         **{name: options[name] for name in _SETTINGS if name in options},  # type: ignore[literal-required]
     )
     registry = Registry.with_files([Path(file) for file in options.get("plugins", ())])
@@ -141,16 +139,22 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     from basiscli.reports.kv_report import build_kv_report, kv_card
     from basiscli.runtime.export import exported_files, without_export
 
-    device = choose_device(plan.settings.device)
-    with partial_output(plan, progress, resume=plan.settings.resume) as output:
-        run = KVRun(plan, output, progress, device)
-        found = run.run()
-        bases = found.files()
-        report = build_kv_report(run, found, bases[BASES_FILE], seconds=time.monotonic() - started)
-        files = sidecar_files(plan.model, plan.settings.dtype, code=False) | bases
-        files["config.json"] = without_export(files["config.json"])
-        if plan.settings.export:
-            files |= exported_files(files["config.json"])
-        files |= {REPORT: report.as_file(), "README.md": kv_card(plan, report)}
-        output.commit(files, overwrite=plan.settings.overwrite)
+    settings, device = plan.settings, choose_device(plan.settings.device)
+    with ExitStack() as connection:
+        engine: Engine = Threads(1 if device.type == "cuda" else settings.workers)  # one forward fills a GPU
+        if settings.cluster is not None:
+            from basiscli.engine.ray import connected
+
+            engine = connection.enter_context(connected(settings.cluster, plan, device))
+        with partial_output(plan, progress, resume=settings.resume) as output:
+            run = KVRun(plan, output, progress, device, engine, connection.close)
+            found = run.run()
+            bases = found.files()
+            report = build_kv_report(run, found, bases[BASES_FILE], seconds=time.monotonic() - started)
+            files = sidecar_files(plan.model, settings.dtype, code=False) | bases
+            files["config.json"] = without_export(files["config.json"])
+            if settings.export:
+                files |= exported_files(files["config.json"])
+            files |= {REPORT: report.as_file(), "README.md": kv_card(plan, report)}
+            output.commit(files, overwrite=settings.overwrite)
     return CompressResult(plan.out, report)

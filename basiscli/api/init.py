@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from basiscli.api.settings import run_settings
+from basiscli.api.settings import OutputOptions, run_settings
 from basiscli.checkpoints.source import Source, resolve
-from basiscli.engine.cluster import Cluster, EngineOptions, cluster_of, device_of, engine_of
+from basiscli.engine.cluster import Cluster, cluster_of, device_of, engine_of
 from basiscli.engine.init_plan import (
     ADAPTER,
     DEFAULT_LENGTH,
@@ -23,7 +23,6 @@ from basiscli.engine.init_plan import (
 from basiscli.engine.init_plan import plan_init as _plan
 from basiscli.engine.init_targets import ALL_LINEAR
 from basiscli.engine.local import Progress, Silent
-from basiscli.errors import UsageError
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 from basiscli.transforms import Method, transform
@@ -45,27 +44,17 @@ class InitResult:
     report: Report
 
 
-class InitOptions(EngineOptions, total=False):
+class InitOptions(OutputOptions, total=False):
     """What `init` and `extract` take by name; `init` documents each."""
 
     rank: int | None
+    memory: str
     alpha: float | None
     rslora: bool
     exact: bool
     target_modules: str | Sequence[str]
-    output: str | Path | None
-    device: str
-    dtype: str | None
-    shard_size: str
-    workers: int | None
-    seed: int
-    resume: bool
-    overwrite: bool
     headers_only: bool
     allow_nonfinite: bool
-
-
-_SETTINGS = ("device", "seed", "resume", "overwrite", "headers_only", "allow_nonfinite")
 
 
 def init(
@@ -106,8 +95,8 @@ def init(
             target_modules: 'all-linear', a regular expression for whole module names, or a list of names.
             output: the folder to make, with `adapter/` and `residual/`; `./MODEL-METHOD` by default.
             allow_nonfinite: copy tensors with NaN or Inf; a weight that is decomposed may hold none.
-            device, dtype, shard_size, workers, seed, resume, overwrite, headers_only, engine, ray_address: as for
-                `merge`.
+            device, dtype, shard_size, workers, memory, seed, resume, overwrite, headers_only, engine, ray_address: as
+                for `merge`.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
@@ -167,12 +156,7 @@ def plan_init(
         quantize=quantize, plugins=plugins,
     )  # fmt: skip
     cluster = cluster_of(options, again, str(model))
-    if cluster is not None and found.needs_calibration:
-        raise UsageError(
-            f"{found.name} runs the model layer by layer, which is not shared out to a cluster",
-            remedy="leave out --engine ray",
-        )
-    source = resolve(str(model))
+    source = resolve(str(model), headers_only=options.get("headers_only", False))
     return _planned(source, None, found, parameters or {}, options, cluster, calibration=text, quantize=quantize)
 
 
@@ -182,7 +166,8 @@ def plan_extract(
     """Return the plan of an extraction without writing anything and without importing torch."""
     method: Method = difference.basis_method  # type: ignore[attr-defined]
     cluster = cluster_of(options, partial(plan_extract, base=str(base), energy=energy), str(model))
-    return _planned(resolve(str(model)), resolve(str(base)), method, {}, options, cluster, energy=energy)
+    source, origin = (resolve(str(spec), headers_only=options.get("headers_only", False)) for spec in (model, base))
+    return _planned(source, origin, method, {}, options, cluster, energy=energy)
 
 
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
@@ -253,5 +238,5 @@ def _planned(
         target_modules=options.get("target_modules", ALL_LINEAR),
         calibration=calibration,
         out=options.get("output"),
-        settings=run_settings(options, _SETTINGS, cluster),
+        settings=run_settings(options, cluster),
     )

@@ -13,7 +13,7 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source, resolve
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.names import natural_key
+from basiscli.names import format_size, natural_key
 from basiscli.reports.schema import read_report
 
 
@@ -58,15 +58,15 @@ class Inspection:
 
 
 def inspect(model: str | Path) -> Inspection:
-    """Read the headers of a model.
+    """Read the headers of a model; of a model of the Hub that is not here, nothing else is fetched.
 
     Args:
-        model: folder, weights file, Hub id or LoRA adapter.
+        model: folder, weights file, Hub id or LoRA adapter; the files may end where their data would begin.
 
     Raises:
         InputError, HubError: not there, or damaged.
     """
-    source = resolve(str(model))
+    source = resolve(str(model), headers_only=True)
     if is_tinylora(source):
         values = TrainedValues(source)
         facts, checkpoint, kind = _values_facts(values), values.weights, "adapter"
@@ -79,6 +79,7 @@ def inspect(model: str | Path) -> Inspection:
     facts["files"] = len(checkpoint.files)
     facts |= _report_facts(source)
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: natural_key(t.name))
+    facts |= _absence(checkpoint, sum(tensor.nbytes for tensor in tensors))
     kinds: dict[str, list[TensorSpec]] = {}
     for tensor in tensors:
         form = next((form for form in ("tinylora", "lora") if f".{form}_" in tensor.name), None)
@@ -155,6 +156,14 @@ def _values_facts(adapter: TrainedValues) -> dict[str, Any]:
         "targets": ", ".join(sorted(leaves)),
     }
     return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _absence(checkpoint: Checkpoint, nbytes: int) -> dict[str, str]:
+    """Return that the weights are not here, if so."""
+    if checkpoint.source.is_remote:
+        return {"to download": format_size(nbytes)}
+    on_disk = sum(file.stat().st_size for file in checkpoint.files)
+    return {"data": "not here: files end after their headers"} if on_disk < nbytes else {}
 
 
 def _report_facts(source: Source) -> dict[str, Any]:

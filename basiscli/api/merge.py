@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, Unpack
 
-from basiscli.api.settings import run_settings
+from basiscli.api.settings import OutputOptions, run_settings
 from basiscli.checkpoints.source import is_hub_id
-from basiscli.engine.cluster import EngineOptions, cluster_of, device_of, engine_of
+from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.local import Progress, Silent
 from basiscli.engine.merge_plan import RECIPE, MergePlan
 from basiscli.engine.merge_plan import plan_merge as _plan
@@ -26,7 +26,18 @@ class MergeResult:
     report: Report
 
 
-class MergeOptions(EngineOptions, total=False):
+class RunOptions(OutputOptions, total=False):
+    """How a merge is done, whatever says which; `merge` documents each."""
+
+    memory: str
+    plugins: Sequence[str | Path]
+    headers_only: bool
+    allow_nonfinite: bool
+    allow_missing: bool
+    trust_remote_code: bool
+
+
+class MergeOptions(RunOptions, total=False):
     """What `merge` and `plan_merge` take by name; `merge` documents each."""
 
     method: Required[str]
@@ -34,32 +45,7 @@ class MergeOptions(EngineOptions, total=False):
     onto: str | Path | None
     parameters: Mapping[str, Any]
     weights: Sequence[float] | None
-    output: str | Path | None
     as_adapter: bool
-    plugins: Sequence[str | Path]
-    device: str
-    dtype: str | None
-    shard_size: str
-    workers: int | None
-    seed: int
-    resume: bool
-    overwrite: bool
-    headers_only: bool
-    allow_nonfinite: bool
-    allow_missing: bool
-    trust_remote_code: bool
-
-
-_SETTINGS = (
-    "device",
-    "seed",
-    "resume",
-    "overwrite",
-    "headers_only",
-    "allow_nonfinite",
-    "allow_missing",
-    "trust_remote_code",
-)
 
 
 def merge(
@@ -84,13 +70,15 @@ def merge(
             dtype: storage dtype of the result; by default each tensor's in the base (else the first model).
             shard_size: size limit of a file, '5GB' by default.
             workers: tensors worked on at a time; any number gives the same bytes.
+            memory: what tensors worked on side by side may take on a CPU, '1GB' by default; one alone may take more.
             seed: for methods that draw random numbers.
             resume: go on where an interrupted run of the same merge stopped (default).
             overwrite: replace an earlier output of basis.
             allow_nonfinite: accept NaN and Inf.
             allow_missing: accept parameters that only some models have: the base (else the first model) wins.
             trust_remote_code: copy `*.py` files of the base into the result; nothing runs them.
-            headers_only: for `plan_merge`: accept safetensors files that end where their data would begin.
+            headers_only: for `plan_merge`: of models of the Hub that are not here fetch headers alone, and accept
+                safetensors files that end where their data would begin.
             engine: 'local', or 'ray': the tasks are done on a Ray cluster that shares this machine's file system.
             ray_address: of a cluster ('auto', 'host:port'); without it one is started on this machine.
 
@@ -113,7 +101,7 @@ def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) ->
         weights=options.get("weights"),
         out=options.get("output"),
         as_adapter=options.get("as_adapter", False),
-        settings=run_settings(options, _SETTINGS, cluster_of(options, plan_merge, names)),
+        settings=run_settings(options, cluster_of(options, plan_merge, names)),
     )
 
 

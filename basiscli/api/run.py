@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from basiscli.api.merge import MergeResult, run_merge
+from basiscli.api.merge import MergeResult, RunOptions, run_merge
 from basiscli.api.settings import run_settings
-from basiscli.engine.cluster import EngineOptions, cluster_of
+from basiscli.engine.cluster import cluster_of
 from basiscli.engine.local import Progress, Silent
 from basiscli.engine.merge_plan import MergePlan
 from basiscli.errors import InputError, UsageError, did_you_mean
@@ -33,26 +33,6 @@ class RunResult:
     """Of a recipe in mergekit's format."""
 
 
-class RunOptions(EngineOptions, total=False):
-    """What `run` and `plan_run` take by name; `run` documents each."""
-
-    output: str | Path | None
-    plugins: Sequence[str | Path]
-    device: str
-    dtype: str | None
-    shard_size: str
-    workers: int | None
-    seed: int
-    resume: bool
-    overwrite: bool
-    allow_nonfinite: bool
-    allow_missing: bool
-    trust_remote_code: bool
-
-
-_SETTINGS = ("device", "seed", "resume", "overwrite", "allow_nonfinite", "allow_missing", "trust_remote_code")
-
-
 def run(
     recipe: str | Path,
     *,
@@ -70,7 +50,9 @@ def run(
 
             output: the folder to make, or to hold a folder a step; by default called as the recipe.
             overwrite: replace an earlier output of basis; a pipeline always replaces what it made itself.
-            plugins, device, dtype, shard_size, workers, seed, resume, allow_nonfinite, allow_missing,
+            headers_only: as for `merge`, for `plan_run` of a recipe in mergekit's format that asks for no tokenizer;
+                no others have prices by headers alone.
+            plugins, device, dtype, shard_size, workers, memory, seed, resume, allow_nonfinite, allow_missing,
                 trust_remote_code, engine, ray_address: as for `merge`, of a recipe in mergekit's format; a pipeline's
                 steps have their own.
 
@@ -93,7 +75,7 @@ def plan_run(recipe: str | Path, **options: Unpack[RunOptions]) -> MergePlan | P
         from basiscli.recipes.mergekit_plan import plan_mergekit
 
         registry = Registry.with_files([Path(plugin) for plugin in options.get("plugins", ())])
-        settings = run_settings(options, _SETTINGS, cluster_of(options, plan_run, str(file)))
+        settings = run_settings(options, cluster_of(options, plan_run, str(file)))
         return plan_mergekit(parse_mergekit(table, file), file, registry, out=output, settings=settings)
     if "steps" not in table:
         key = next(iter(table), "")
@@ -105,7 +87,7 @@ def plan_run(recipe: str | Path, **options: Unpack[RunOptions]) -> MergePlan | P
     from basiscli.recipes.pipeline import Pipeline
     from basiscli.recipes.steps import read_steps
 
-    strange = sorted(set(options) - {"output", "overwrite"})
+    strange = sorted(set(options) - {"output", "overwrite", "headers_only"})
     if strange:
         raise UsageError(
             f"{', '.join(strange)}: the steps of a pipeline have options of their own",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Adapter:
         is_random = self.config.get("peft_type") == "NOLA"
         if not is_random:
             self._refuse_variants()
-        self.weights = Checkpoint.open(Source(source.spec, _weights_file(source)))
+        self.weights = Checkpoint.open(replace(source, path=_weights_file(source)))
         self.parts: Checkpoint | NolaFactors = self.weights
         """What factors are read from: what is stored, or what its seed and coefficients stand for."""
         if is_random:
@@ -254,7 +254,10 @@ class AdapterView:
         stored = {name: self.adapter.weights.tensors[key] for name, key in self._replaced.items()}
         for name in [name for name in stored if name not in self.base.tensors and name.endswith("lm_head.weight")]:
             twins = [t for other, t in stored.items() if other != name and t.shape == stored[name].shape]
-            if any(stored_digest(twin) == stored_digest(stored[name]) for twin in twins):
+            head = stored[name]
+            # Headers alone do not tell; what PEFT saves beside its twin nearly always is the same.
+            hollow = head.file.stat().st_size < head.offset + head.nbytes
+            if any(hollow or stored_digest(twin) == stored_digest(head) for twin in twins):
                 del self._replaced[name]
 
     def _check_shape(self, name: str, target: StoredTensor) -> None:

@@ -1,18 +1,16 @@
 """Pickled and GGUF checkpoints, turned into safetensors once and kept in the cache.
 
-The cache is `$BASIS_CACHE`, else `$XDG_CACHE_HOME/basis`, else `~/.cache/basis`; a conversion is found again by the
-path, size and modification time of what it was made from.
+A conversion is found again by the path, size and modification time of what it was made from.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from basiscli.checkpoints.cache import cache_folder, made_once
 from basiscli.checkpoints.source import Source, read_json
 from basiscli.errors import BasisError, InputError, UsageError
 
@@ -20,14 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
-
-
-def cache_folder() -> Path:
-    """Return the folder of conversions; it need not exist."""
-    given = os.environ.get("BASIS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basis"
 
 
 def converted(source: Source) -> Path:
@@ -45,22 +35,8 @@ def converted(source: Source) -> Path:
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:24]
     folder = cache_folder() / "converted" / f"{files[0].stem}-{key}"
-    if folder.is_dir():
-        return folder
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        if files[0].suffix == ".gguf":
-            _convert_gguf(files[0], scratch)
-        else:
-            _convert_pickles(files, scratch)
-        os.replace(scratch, folder)  # noqa: PTH105 - of two processes, the one that loses finds a full folder
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    is_gguf = files[0].suffix == ".gguf"
+    return made_once(folder, lambda out: _convert_gguf(files[0], out) if is_gguf else _convert_pickles(files, out))
 
 
 def load_pickle(file: Path) -> dict[str, torch.Tensor]:

@@ -81,6 +81,12 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the format's name ('BF16') of one of torch's dtypes."""
+    spoken = str(dtype).removeprefix("torch.")
+    return next(name for name, known in DTYPES.items() if known.torch_name == spoken)
+
+
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU: its own memory where it is contiguous, else a copy's."""
     import torch

@@ -61,12 +61,19 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(file: Path, *, headers_only: bool = False) -> Header:
+def header_end(start: bytes) -> int:
+    """Return where the data begins, as the first eight bytes of a file claim; nothing is checked."""
+    (length,) = struct.unpack_from("<Q", start)
+    return 8 + int(length)
+
+
+def read_header(file: Path, *, headers_only: bool = False, whole: int | None = None) -> Header:
     """Read and check the header of one file.
 
     Args:
         file: a safetensors file.
         headers_only: take a file that ends where its data would begin, too; what it says is checked all the same.
+        whole: bytes of the file that such a header was taken from, if known.
 
     Raises:
         InputError: if the file is missing, is no safetensors file, is truncated or too long, or its header lies about
@@ -78,7 +85,8 @@ def read_header(file: Path, *, headers_only: bool = False) -> Header:
             start = stream.read(8)
             if len(start) < 8:
                 raise InputError(f"not a safetensors file: only {size} bytes long", file=file, remedy=_REFETCH)
-            (length,) = struct.unpack("<Q", start)
+            data_start = header_end(start)
+            length = data_start - 8
             if length > MAX_HEADER_BYTES or length > size - 8:
                 raise InputError(
                     f"truncated or not a safetensors file: its header claims {length} bytes, the file has {size}",
@@ -94,10 +102,9 @@ def read_header(file: Path, *, headers_only: bool = False) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(_is_text(word) for pair in metadata.items() for word in pair):
         raise InputError("the header's metadata is not a table of strings", file=file, remedy=_REFETCH)
-    data_start = 8 + length
     tensors = {name: _parse_entry(name, entry, file, data_start) for name, entry in entries.items()}
     if headers_only and size == data_start:
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        size = data_start + sum(tensor.nbytes for tensor in tensors.values()) if whole is None else whole
     _check_layout(tensors.values(), file, data_start, size)
     return Header(tensors, metadata)
 

@@ -27,6 +27,13 @@ class Source:
     repo_id: str | None = None
     revision: str | None = None
     """The commit that a Hub revision stood for."""
+    headers_only: bool = False
+    """Whether the weights' files may end where their data would begin: enough to plan with."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the weights are on the Hub, and only their headers here."""
+        return self.headers_only and self.repo_id is not None
 
     @property
     def folder(self) -> Path:
@@ -85,8 +92,13 @@ class Source:
         return named if isinstance(named, str) and named else None
 
 
-def resolve(spec: str) -> Source:
+def resolve(spec: str, *, headers_only: bool = False) -> Source:
     """Find a model: an existing path first, else a model of the Hub (downloaded, or from its cache).
+
+    Args:
+        spec: what a user writes.
+        headers_only: of a model of the Hub that is not here, fetch the headers of its weights alone; on disk, take
+            folders of such headers, too.
 
     Raises:
         InputError: if there is no such path and the words are no Hub id.
@@ -95,7 +107,7 @@ def resolve(spec: str) -> Source:
     try:
         path = Path(spec).expanduser()
         if path.exists():
-            return Source(spec, path.resolve())
+            return Source(spec, path.resolve(), headers_only=headers_only)
     except (RuntimeError, OSError, ValueError):
         pass  # the home of nobody, a name too long or with a null byte: no path, and refused below as no Hub id either
     match = _HUB_ID.fullmatch(spec)
@@ -104,21 +116,26 @@ def resolve(spec: str) -> Source:
             f"no such model: {spec}",
             remedy="give a folder, a .safetensors, .bin or .gguf file, or a Hub id like org/name@revision",
         )
+    if headers_only:
+        from basiscli.hub_headers import pull_headers
+
+        folder, commit, is_whole = pull_headers(match["repo"], match["revision"])
+        return Source(spec, folder, match["repo"], commit, headers_only=not is_whole)
     from basiscli.hub import pull
 
     folder, commit = pull(match["repo"], match["revision"])
     return Source(spec, folder, match["repo"], commit)
 
 
-def resolve_base(named: str, namer: Source) -> Source:
+def resolve_base(named: str, namer: Source, *, headers_only: bool = False) -> Source:
     """Find the base that an input names; a relative path counts from the input's folder, too."""
     beside = (namer.folder / named).resolve()
     is_path = Path(named).exists()
     if not is_path and beside.is_dir():
-        return Source(named, beside)
+        return Source(named, beside, headers_only=headers_only)
     on_hub = f"{named}@{namer.base_revision}" if namer.base_revision and not is_path and is_hub_id(named) else named
     try:
-        return resolve(on_hub)
+        return resolve(on_hub, headers_only=headers_only)
     except HubError as error:
         raise HubError(
             f"{namer.spec} names {on_hub} as its base, and {error.what}",

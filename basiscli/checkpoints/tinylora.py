@@ -7,7 +7,7 @@ mixes them at random; adapters that do are refused.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
@@ -68,7 +68,7 @@ class TrainedValues:
             )
         if self.config.get("weight_tying"):
             raise self._refused("the modules share their values")
-        self.weights = Checkpoint.open(Source(source.spec, source.path / _FILE))
+        self.weights = Checkpoint.open(replace(source, path=source.path / _FILE))
         self.modules: dict[str, ValueModule] = {}
         self.values: list[str] = []
         """v [r] of every module, by PEFT's number."""

@@ -42,10 +42,8 @@ class Checkpoint:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, source: Source, *, headers_only: bool = False) -> Checkpoint:
+    def open(cls, source: Source) -> Checkpoint:
         """Read the headers of every shard; pickled and GGUF files are turned into safetensors in the cache first.
-
-        With `headers_only` files may end where their data would begin: enough to plan with, and nothing can be read.
 
         Raises:
             InputError: no weights, a missing shard, an index that lies or points elsewhere, or a bad header.
@@ -61,13 +59,19 @@ class Checkpoint:
             files, where = _weight_files(path)
             if (path / "config.json").is_file():
                 source = Source(source.spec, path, source.repo_id, source.revision)
-        headers = {file: read_header(file, headers_only=headers_only) for file in files}
+        headers = {file: read_header(file, headers_only=source.headers_only) for file in files}
         return cls(source, headers, _collect(headers, where))
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's `config.json`, or what it would be for tensors that were taken from several models."""
         return self.source.config if self._config is None else self._config
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The number of tokens that the model has rows for, as its configuration says; None if it does not."""
+        size = self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
+        return size or None
 
     @property
     def is_assembled(self) -> bool:

@@ -46,9 +46,7 @@ class RowMap:
 
 def token_tensors(checkpoint: Checkpoint) -> list[str]:
     """Return the names of tensors with one row a token: embedding, head, and the head's bias."""
-    config = checkpoint.config
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    found = []
+    rows, found = checkpoint.vocabulary_size, []
     for name, tensor in checkpoint.tensors.items():
         module = name.rpartition(".")[0].rpartition(".")[2]
         if module in _TABLES and layer_of(name) is None and tensor.shape and tensor.shape[0] == rows:

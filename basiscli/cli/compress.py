@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from basiscli.cli import options
 from basiscli.cli.after import After, known_numbers
+from basiscli.cli.carry_out import carry_out
 from basiscli.cli.nola import compress_adapter
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
@@ -94,6 +94,8 @@ def compress(
     device: options.Device = "auto",
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
     dry_run: options.DryRun = False,
     resume: options.Resume = True,
@@ -125,6 +127,7 @@ def compress(
         if method == "nola":
             from basiscli.api.nola import plan_adapter
 
+            options.one_of("--method nola is done here: --engine", engine, ("local",))
             given = {
                 "base": base, "rank": rank, "bits": bits, "output": output, "calibration": calibration,
                 "weights_only": weights_only, "steps": steps, "batch": batch, "length": length,
@@ -153,21 +156,16 @@ def compress(
             dtype=dtype,
             shard_size=shard_size,
             workers=workers,
+            engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
+            ray_address=ray_address,
             seed=seed,
             resume=resume,
             overwrite=overwrite,
         )
-        if dry_run:
-            plan.close()
-            out.result(_plan_document(plan), lambda: _show_plan(out, plan))
-            return
-        after.before(known_numbers(plan.method))
-        for note in [*plan.notes, *_forecast(plan)]:
-            out.note(f"note: {note}")
-        result = run_compress(plan, out.progress())
-        out.note(_summary(result.report))
-        document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-        after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
+        carry_out(
+            plan, run_compress, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
+            known=known_numbers(plan.method), forecast=_forecast(plan),
+        )  # fmt: skip
 
 
 def _forecast(plan: KVPlan) -> list[str]:

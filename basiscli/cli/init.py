@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +9,12 @@ import typer
 
 from basiscli.cli import options
 from basiscli.cli.after import After, known_numbers
+from basiscli.cli.carry_out import carry_out
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 
 if TYPE_CHECKING:
+    from basiscli.api.init import InitResult
     from basiscli.engine.init_plan import InitPlan
     from basiscli.reports.schema import Report
 
@@ -76,6 +77,7 @@ def init(
     device: options.Device = "auto",
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
+    memory: options.Memory = "1GB",
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
@@ -95,7 +97,8 @@ def init(
     """Make a LoRA adapter from a model's weights, and the residual that is its base, or from data (eva).
 
     `OUT/adapter` is plain PEFT and loads on `OUT/residual`; together they are the model. eva's loads on
-    the model itself.
+    the model itself. `--dry-run` prints what it would take; of a model of the Hub that is not here, its headers
+    alone are fetched.
     """
     out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
@@ -123,6 +126,7 @@ def init(
             dtype=dtype,
             shard_size=shard_size,
             workers=workers,
+            memory=memory,
             engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
             ray_address=ray_address,
             seed=seed,
@@ -131,7 +135,7 @@ def init(
             headers_only=dry_run,
             allow_nonfinite=allow_nonfinite,
         )
-        _finish(out, plan, after, dry_run=dry_run)
+        _as_planned(plan, out, after, dry_run=dry_run)
 
 
 def extract(
@@ -156,6 +160,7 @@ def extract(
     allow_nonfinite: options.AllowNonfinite = False,
     device: options.Device = "auto",
     workers: options.Workers = None,
+    memory: options.Memory = "1GB",
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
@@ -191,6 +196,7 @@ def extract(
             device=device,
             dtype=dtype,
             workers=workers,
+            memory=memory,
             engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
             ray_address=ray_address,
             seed=seed,
@@ -199,7 +205,7 @@ def extract(
             headers_only=dry_run,
             allow_nonfinite=allow_nonfinite,
         )
-        _finish(out, plan, after, dry_run=dry_run)
+        _as_planned(plan, out, after, dry_run=dry_run)
 
 
 def _targets(text: str) -> str | list[str]:
@@ -209,27 +215,19 @@ def _targets(text: str) -> str | list[str]:
     return words if plain and text != "all-linear" else text
 
 
-def _finish(out: Output, plan: InitPlan, after: After, *, dry_run: bool) -> None:
+def _as_planned(plan: InitPlan, out: Output, after: After, *, dry_run: bool) -> None:
     from basiscli.api.init import run_init
 
-    if dry_run:
-        plan.close()
-        out.result(_plan_document(plan), lambda: _show_plan(out, plan))
-        return
-    after.before(known_numbers(plan.method))
-    for note in plan.notes:
-        out.note(f"note: {note}")
-    result = run_init(plan, out.progress())
-    for note in result.report.notes[len(plan.notes) :]:
-        out.note(f"warning: {note}", warning=True)
-    out.note(_summary(result.report))
-    document: dict[str, Any] = {  # the report has `adapter` for itself
-        "output": str(result.path),
-        "adapter_folder": str(result.adapter),
-        "residual_folder": str(result.residual) if result.residual else None,
-    }
-    document |= json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-    after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
+    carry_out(
+        plan, run_init, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
+        known=known_numbers(plan.method), places=_places,
+    )  # fmt: skip
+
+
+def _places(made: InitResult) -> dict[str, str | None]:
+    # Not under `adapter`: the report has that for itself.
+    residual = str(made.residual) if made.residual else None
+    return {"adapter_folder": str(made.adapter), "residual_folder": residual}
 
 
 def _summary(report: Report) -> str:

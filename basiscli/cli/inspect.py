@@ -18,7 +18,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Show what is in a checkpoint or adapter, from its headers: no weights are read."""
+    """Show what is in a checkpoint or adapter, from its headers: no weights are read, and none fetched from the Hub."""
     out = Output(as_json=json, quiet=False)
     with errors_shown(as_json=json):
         from basiscli.api.inspect import inspect as api_inspect

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from basiscli.cli import options
 from basiscli.cli.after import After, known_numbers
+from basiscli.cli.carry_out import carry_out
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 
@@ -42,6 +42,7 @@ def merge(
     device: options.Device = "auto",
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
+    memory: options.Memory = "1GB",
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
@@ -61,7 +62,8 @@ def merge(
     """Merge fine-tuned models of one base into one.
 
     `basis merge a b c --method ortho` writes `./merge-ortho`: weights, configuration, tokenizer, model card and report.
-    An interrupted run goes on where it stopped when the same command is given again.
+    An interrupted run goes on where it stopped when the same command is given again. `--dry-run` prints what it would
+    take; of models of the Hub that are not here, their headers alone are fetched.
     """
     out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
@@ -82,6 +84,7 @@ def merge(
             dtype=dtype,
             shard_size=shard_size,
             workers=workers,
+            memory=memory,
             engine=engine,  # type: ignore[arg-type]  # the plan refuses other words
             ray_address=ray_address,
             seed=seed,
@@ -92,26 +95,17 @@ def merge(
             allow_missing=allow_missing,
             trust_remote_code=trust_remote_code,
         )
-        carry_out(plan, out, after, dry_run=dry_run)
+        merge_as_planned(plan, out, after, dry_run=dry_run)
 
 
-def carry_out(plan: MergePlan, out: Output, after: After, *, dry_run: bool) -> None:
+def merge_as_planned(plan: MergePlan, out: Output, after: After, *, dry_run: bool) -> None:
     """Show a plan, or do what it says and show what came of it."""
     from basiscli.api.merge import run_merge
 
-    if dry_run:
-        plan.close()
-        out.result(_plan_document(plan), lambda: _show_plan(out, plan))
-        return
-    after.before(known_numbers(plan.method))
-    for note in plan.notes:
-        out.note(f"note: {note}")
-    result = run_merge(plan, out.progress())
-    for note in result.report.notes[len(plan.notes) :]:
-        out.note(f"warning: {note}", warning=True)
-    out.note(_summary(result.report))
-    document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-    after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
+    carry_out(
+        plan, run_merge, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
+        known=known_numbers(plan.method),
+    )  # fmt: skip
 
 
 def _summary(report: Report) -> str:

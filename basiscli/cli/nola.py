@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from basiscli.cli.after import After
+from basiscli.cli.carry_out import carry_out
 from basiscli.cli.output import Output
 from basiscli.errors import UsageError
 from basiscli.names import format_size
@@ -43,17 +43,10 @@ def compress_adapter(
     if bases is None:
         raise UsageError("--method nola needs the number of bases", remedy="--bases 256 stores 512 numbers a module")
     plan = planner(adapter, bases=bases, **options)
-    if dry_run:
-        plan.close()
-        out.result(_plan_document(plan), lambda: _show_plan(out, plan))
-        return
-    after.before(set(MEANINGS))
-    for note in plan.notes:
-        out.note(f"note: {note}")
-    result = run_adapter(plan, out.progress())
-    out.note(_summary(result.report))
-    document = {"output": str(result.path)} | json_module.loads(result.report.model_dump_json(exclude={"tensors"}))
-    after.done(document, lambda: out.line(str(result.path)), numbers=result.report.numbers, path=result.path)
+    carry_out(
+        plan, run_adapter, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
+        known=set(MEANINGS),
+    )  # fmt: skip
 
 
 def _summary(report: Report) -> str:

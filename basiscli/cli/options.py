@@ -90,6 +90,13 @@ Dtype = Annotated[
     typer.Option(help="Storage dtype of the result: f32, bf16, f16. [default: as stored]", show_default=False),
 ]
 ShardSize = Annotated[str, typer.Option(help="Size limit of a file.", rich_help_panel=_EXECUTION)]
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="What tensors worked on side by side may take on a CPU; one alone may take more.",
+        rich_help_panel=_EXECUTION,
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(

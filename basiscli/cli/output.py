@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from basiscli.errors import BasisError
-from basiscli.names import format_size, printable
+from basiscli.names import for_json, format_size, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -49,7 +49,7 @@ class Output:
     def result(self, document: Any, text: Callable[[], None]) -> None:
         """Show a result: the JSON document, or what `text` prints."""
         if self.as_json:
-            print(json.dumps(document, indent=2))  # noqa: T201
+            print(json.dumps(for_json(document), indent=2, allow_nan=False))  # noqa: T201
         else:
             text()
 

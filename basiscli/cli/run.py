@@ -10,7 +10,7 @@ import typer
 
 from basiscli.cli import options
 from basiscli.cli.after import After
-from basiscli.cli.merge import carry_out
+from basiscli.cli.merge import merge_as_planned
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def run(
     device: options.Device = "auto",
     shard_size: options.ShardSize = "5GB",
     workers: options.Workers = None,
+    memory: options.Memory = "1GB",
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     seed: options.Seed = 0,
@@ -56,7 +57,8 @@ def run(
     """
     out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
-        from basiscli.api.run import RunOptions, plan_run
+        from basiscli.api.merge import RunOptions
+        from basiscli.api.run import plan_run
         from basiscli.engine.merge_plan import MergePlan
         from basiscli.errors import UsageError
         from basiscli.recipes.pricing import price
@@ -69,6 +71,7 @@ def run(
             "dtype": dtype,
             "shard_size": shard_size,
             "workers": workers,
+            "memory": memory,
             "engine": engine,  # type: ignore[typeddict-item]  # the plan refuses other words
             "ray_address": ray_address,
             "seed": seed,
@@ -81,9 +84,11 @@ def run(
         # A pipeline refuses what is about one merge: it must see only what was given.
         for name in [name for name in chosen if _is_default(context, name)]:
             del chosen[name]  # type: ignore[misc]
+        if dry_run:
+            chosen["headers_only"] = True
         planned = plan_run(recipe, **chosen)
         if isinstance(planned, MergePlan):
-            carry_out(planned, out, after, dry_run=dry_run)
+            merge_as_planned(planned, out, after, dry_run=dry_run)
             return
         if fail_if or push_to:
             raise UsageError("--fail-if and --push-to are about one merge", remedy="a step's fail_if, and a push step")

@@ -92,7 +92,7 @@ def engine_of(plan: Plan, settings: Settings) -> Iterator[Engine]:
     if settings.cluster is None:
         from basiscli.engine.lanes import devices_of
 
-        yield Threads(settings.workers, devices_of(device_of(settings)), plan.notes)
+        yield Threads(settings.workers, devices_of(device_of(settings)), settings.memory, plan.notes)
         return
     from basiscli.engine.ray import connected
 

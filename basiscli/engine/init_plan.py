@@ -136,7 +136,9 @@ class InitPlan:
     @property
     def peak_bytes(self) -> int:
         """Memory of tensors in flight, at most."""
-        return peak_workspace([self.workspace(name) for name in self.targets], self.settings.workers)
+        return peak_workspace(
+            [self.workspace(name) for name in self.targets], self.settings.workers, self.settings.memory
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -250,8 +252,8 @@ def plan_init(
         raise UsageError(f"alpha {alpha:g}", remedy="a positive number; the rank by default")
     if source.is_adapter:
         raise InputError("this is an adapter; a full checkpoint is needed", file=source.path, remedy="give its base")
-    model = Checkpoint.open(source, headers_only=settings.headers_only)
-    other = Checkpoint.open(base, headers_only=settings.headers_only) if base is not None else None
+    model = Checkpoint.open(source)
+    other = Checkpoint.open(base) if base is not None else None
     for checkpoint in filter(None, (model, other)):
         _refuse_packed(checkpoint)
     targets = find_targets(model, target_modules)

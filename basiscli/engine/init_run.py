@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import selectors
+from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.engine.copying import copy_tensor
-from basiscli.engine.devices import within_memory, working_dtype
+from basiscli.engine.devices import within_memory
 from basiscli.engine.init_plan import NF4_ROUNDS, InitPlan
-from basiscli.engine.layerwise import LayerwiseModel
-from basiscli.engine.local import Engine, Progress, Silent, Task, Threads
+from basiscli.engine.input_moments import MomentsRun
+from basiscli.engine.local import Engine, PartOf, Progress, Task, Threads
+from basiscli.engine.strips import StoredMoments
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import BasisError, InputError
 from basiscli.linalg.lowrank import LowRank
@@ -87,8 +90,8 @@ class InitRun:
             found = [name for name, module in self.plan.targets.items() if module in moments]
             reached |= {*found}
             tasks = self._tasks([n for n in found if n in left], lambda n, of=moments: of[self.plan.targets[n]])  # type: ignore[misc]
-            here = Threads(self.plan.settings.workers)
-            here.run_tasks(tasks, self._decompose, self.output.record, progress=Silent(), what="")
+            near = self._near
+            near.run_tasks(tasks, self._decompose, self.output.record, progress=PartOf(self.progress), what="")
         for name in self.plan.targets:
             if name not in reached:
                 raise InputError(
@@ -120,17 +123,22 @@ class InitRun:
     def _from_data(self) -> None:
         """Collect directions of every target's inputs, share out the ranks, and write A with B = 0."""
         plan = self.plan
-        method: DataInit = plan.method.implementation(plan.values)
         offers: dict[str, tuple[Tensor, Tensor]] = {}
         for moments in self._moments():
-            while moments:  # the widest last, when the others' are no longer there
-                found = min(moments.values(), key=lambda inputs: len(inputs.total))
-                modules = {module for module, inputs in moments.items() if inputs is found}
-                for module in modules:
-                    del moments[module]
-                names = [name for name, module in plan.targets.items() if module in modules]
-                offers |= dict.fromkeys(names, self._directions(names[0], method, found))
-                del found
+            readers: dict[StoredMoments, list[str]] = {inputs: [] for inputs in moments.values()}
+            for name, module in plan.targets.items():
+                if module in moments:
+                    readers[moments[module]].append(name)
+            for inputs, names in readers.items():
+                self._refuse_few_tokens(names[0], inputs.count)
+            tasks = [
+                Task(names[0], 0, plan.workspace(names[0]), (names[0], inputs)) for inputs, names in readers.items()
+            ]
+            made: dict[str, dict[str, Any]] = {}
+            near = self._near
+            near.run_tasks(tasks, self._directions, made.__setitem__, progress=PartOf(self.progress), what="")
+            for names in readers.values():
+                offers |= dict.fromkeys(names, (made[names[0]]["rows"], made[names[0]]["scores"]))
         self.ranks = shared_ranks({n: offers[n][1] if n in offers else torch.zeros(0) for n in plan.targets}, plan.rank)
         self.output.allocate(plan.layout_of(self.ranks))
         for name, rank in self.ranks.items():
@@ -145,16 +153,25 @@ class InitRun:
         if unreached:
             plan.notes.append(f"{len(unreached)} modules get no input and no factors, such as {unreached[0]}")
 
-    def _directions(self, name: str, method: DataInit, inputs: InputMoments) -> tuple[Tensor, Tensor]:
-        plan = self.plan
-        wanted = min(method.offered(plan.rank), plan.linear_shape(name)[1])
-        if inputs.count <= wanted:
+    def _offered(self, name: str) -> int:
+        """Return how many directions a weight's inputs are to offer."""
+        method: DataInit = self.plan.method.implementation(self.plan.values)
+        return min(method.offered(self.plan.rank), self.plan.linear_shape(name)[1])
+
+    def _refuse_few_tokens(self, name: str, count: int) -> None:
+        if count <= self._offered(name):
             raise InputError(
-                f"{inputs.count} calibration tokens reach this layer, too few for {wanted} directions",
-                file=plan.calibration.place if plan.calibration else None,
+                f"{count} calibration tokens reach this layer, too few for {self._offered(name)} directions",
+                file=self.plan.calibration.place if self.plan.calibration else None,
                 tensor=name,
                 remedy="give more text with --calibration, more --tokens, or a smaller --rank",
             )
+
+    def _directions(self, name: str, stored: StoredMoments) -> dict[str, Tensor]:
+        """Return what a method offers for a weight and all that read the same: `rows` of A, and their `scores`."""
+        plan, inputs = self.plan, stored.load(self.device)
+        method: DataInit = plan.method.implementation(plan.values)
+        wanted = self._offered(name)
         rows, scores = method.directions(inputs, wanted, SVD(plan.exact, seed_for(plan.settings.seed, name)))
         if (
             rows.shape != (wanted, plan.linear_shape(name)[1])
@@ -166,21 +183,23 @@ class InitRun:
                 tensor=name,
                 remedy="`directions` returns A [count, in] and scores [count]; report this to the method's author",
             )
-        return rows.cpu().float(), scores.cpu()  # every layer's rows wait until the ranks are known
+        return {"rows": rows.cpu().float(), "scores": scores.cpu()}  # they wait until the ranks are known
 
-    def _moments(self) -> Iterator[dict[str, InputMoments]]:
-        """Run the calibration text through the model; see `LayerwiseModel.moments`."""
-        plan = self.plan
+    def _moments(self) -> Iterator[dict[str, StoredMoments]]:
+        """Run the calibration text through the model; see `MomentsRun.moments`."""
         self.windows = self._read_windows()
-        dtype = working_dtype(self.device, plan.model.tensors.values())
-        model = LayerwiseModel(plan.model, list(plan.targets.values()), self.windows, self.device, dtype)
-        return model.moments(self.progress)
+        return MomentsRun(self.plan, self.output, self.progress, self.device, self._near).moments(self.windows)
+
+    @property
+    def _near(self) -> Engine:
+        """What does tasks that hand tensors on: on a GPU one thread, since streams do not wait for each other."""
+        on_gpu = self.plan.settings.cluster is None and self.device.type == "cuda"
+        return Threads(1) if on_gpu else self.engine
 
     def _read_windows(self) -> Windows:
         given, model = self.plan.calibration, self.plan.model
         assert given is not None
-        config = model.config
-        vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 1 << 62
+        vocabulary = model.vocabulary_size or 1 << 62
         folder = model.source.folder
         windows = read_windows(given.place, lambda: load_tokenizer(folder), given.length, vocabulary)
         return windows.spread(max(1, given.tokens // windows.ids.shape[1]))
@@ -194,13 +213,13 @@ class InitRun:
             return {"digests": {name: copy_tensor(self.plan.model, self.output, name, allow_nonfinite=allow)}}
         return self._coefficients(name) if self.plan.trains_coefficients else self._decompose(name)
 
-    def _decompose(self, name: str, inputs: InputMoments | None = None) -> dict[str, Any]:
+    def _decompose(self, name: str, stored_inputs: StoredMoments | None = None) -> dict[str, Any]:
         """Write the factors of one weight, and the weight without them.
 
         The residual is taken from the factors as they are stored, so that their rounding is in it and the sum is the
         weight again, to one rounding of the residual.
         """
-        plan = self.plan
+        plan, inputs = self.plan, stored_inputs.load(self.device) if stored_inputs else None
         weight, read = self._weight(name)
         if plan.quantize:
             parts: Sequence[Tensor] = quantised_start(weight, lambda m: self._pair(name, m, inputs), rounds=NF4_ROUNDS)
@@ -307,9 +326,9 @@ class InitRun:
         plan, read = self.plan, {}
         parts = []
         for place, checkpoint in enumerate(filter(None, (plan.model, plan.base))):
-            raw = checkpoint.read(name)
-            read[str(place)] = digest([raw_bytes(raw)])
-            parts.append(raw.to(self.device).float())
+            hasher = hashlib.sha256()
+            parts.append(read_to(self.device, checkpoint, name, seen=hasher.update).float())
+            read[str(place)] = hasher.hexdigest()
             if not is_finite(parts[-1]):
                 raise InputError(
                     "the tensor holds NaN or Inf",
@@ -333,13 +352,13 @@ class InitRun:
     def _do(self, tasks: Sequence[Task], do: Callable[[str], dict[str, Any]]) -> None:
         self.engine.run_tasks(tasks, do, self.output.record, progress=self.progress, what=self.plan.method.name)
 
-    def _tasks(self, names: Iterable[str], inputs: Callable[[str], InputMoments] | None = None) -> list[Task]:
-        """Return what the journal does not have; a weight's `inputs` follow its name."""
+    def _tasks(self, names: Iterable[str], inputs: Callable[[str], StoredMoments] | None = None) -> list[Task]:
+        """Return what the journal does not have; what a weight's `inputs` cost has been counted."""
         plan, tensors = self.plan, self.plan.model.tensors
         return [
             Task(
                 name,
-                tensors[name].nbytes,
+                0 if inputs else tensors[name].nbytes,
                 plan.workspace(name) if name in plan.targets else _COPY_WORKSPACE,
                 (name, inputs(name)) if inputs else (name,),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,24 +17,39 @@ class Moments(nn.Module):
 
     `keys` and `values` are float64 sums of kᵀk and vᵀv [KV heads, d, d]; `queries` is the same of the queries, summed
     over the group of heads that shares a KV head. The products are float32, a forward's at a time.
+
+    Threads may run the model side by side: each has sums of its own.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums: dict[str, Tensor] = {}
-        self.counted: Tensor | None = None
-        """Which tokens count [batch, tokens], set before a forward with padding; None for all."""
+        self._here = threading.local()
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """This thread's."""
+        found: dict[str, Tensor] = self._here.sums
+        return found
+
+    def begin(self) -> None:
+        """Let this thread's sums begin at nothing."""
+        self._here.sums = {}
+
+    def count(self, tokens: Tensor | None) -> None:
+        """Say which tokens of this thread's next forward count [batch, tokens]: padding does not; None for all."""
+        self._here.counted = tokens
 
     def forward(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         """Attend and add."""
+        sums, counted = self.sums, self._here.counted
         grouped = query.unflatten(1, (key.shape[1], -1))  # [B, H, G, T, d]
         for name, x in (("keys", key[:, :, None]), ("values", value[:, :, None]), ("queries", grouped)):
             rows = x.detach().transpose(0, 1).float()  # [H, B, G, T, d]
-            if self.counted is not None:
-                rows = rows * self.counted[None, :, None, :, None]
+            if counted is not None:
+                rows = rows * counted[None, :, None, :, None]
             rows = rows.flatten(1, 3)
             moment = (rows.mT @ rows).double().cpu()
-            self.sums[name] = self.sums[name] + moment if name in self.sums else moment
+            sums[name] = sums[name] + moment if name in sums else moment
         return plain_attention(query, key, value, *rest)
 
 

@@ -17,6 +17,7 @@ from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE, Checkpoint
+from basiscli.engine.cluster import Cluster
 from basiscli.engine.local import default_workers
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
@@ -76,6 +77,8 @@ class KVSettings:
     seed: int = 0
     resume: bool = True
     overwrite: bool = False
+    cluster: Cluster | None = None
+    """Where the statistics are taken, if not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class KVPlan:
         settings = {
             name: value
             for name, value in vars(self.settings).items()
-            if name not in {"workers", "resume", "overwrite", "shard_bytes"}
+            if name not in {"workers", "resume", "overwrite", "shard_bytes", "cluster"}
         }
         text = self.settings.calibration
         texts = [f for f in (Path(text), *Path(text).rglob("*")) if f.is_file()] if text else []

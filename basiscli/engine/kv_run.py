@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from basiscli.checkpoints.kv_file import KVBases, KVConfig, read_kv_bases
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.copying import BLOCK_ELEMENTS, copy_tensor
 from basiscli.engine.devices import within_memory, working_dtype
-from basiscli.engine.kv_attention import Moments, Projector
+from basiscli.engine.kv_attention import Projector
 from basiscli.engine.kv_fold import Fold, folds_of
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
+from basiscli.engine.kv_statistics import KVStatistics
 from basiscli.engine.kv_training import Training
-from basiscli.engine.local import Progress, Task, Threads
+from basiscli.engine.local import Engine, Progress, Task, Threads
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import InputError
 from basiscli.linalg.orthogonal import orthogonality_error
@@ -42,6 +43,10 @@ class KVRun:
     output: PartialOutput
     progress: Progress
     device: torch.device
+    engine: Engine
+    """What does the statistics; the rest is done here."""
+    let_go: Callable[[], None]
+    """Called when nothing is left for the engine: a cluster's workers hold a model each."""
     numbers: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     windows: Windows | None = None
@@ -96,11 +101,13 @@ class KVRun:
         """Return bases and the energy of their columns; those of the input, if it was compressed before."""
         plan, settings = self.plan, self.plan.settings
         if plan.earlier is not None:
+            self.let_go()
             earlier = read_kv_bases(plan.model.source.folder)
             return earlier.bases, earlier.energy
         started = time.monotonic()
         _, training = self._calibration()
         moments = self._moments(model, modules, training)
+        self.let_go()
         method: KVCompression = plan.method.implementation(plan.values)
         start = method.start(moments).to(self.device)
         self.seconds["statistics"] = time.monotonic() - started
@@ -141,23 +148,10 @@ class KVRun:
 
     def _moments(self, model: Any, modules: Sequence[nn.Module], windows: Windows) -> AttentionMoments:
         """Run a sample of the windows through the dense model and add up what its attention sees."""
-        collectors = [Moments() for _ in modules]
-        attach(model, collectors)
-        sample = windows.spread(self.plan.settings.moment_windows)
-        self.progress.start("statistics", len(sample), sample.ids.numel(), "tokens")
-        with torch.no_grad():
-            for place in range(len(sample)):
-                part = sample.select([place])
-                for collector in collectors:
-                    collector.counted = None if part.attention_mask is None else part.attention_mask.to(self.device)
-                model(**{n: x.to(self.device) for n, x in part.inputs.items()}, use_cache=False, logits_to_keep=1)
-                self.progress.advance(part.ids.numel())
-        folds = folds_of(model, modules, self.plan.shape)
-        outputs = [fold.output_moments(model) for fold in folds]
-        keys, values, queries = (
-            torch.stack([collector.sums[name] for collector in collectors]) for name in ("keys", "values", "queries")
-        )
-        return AttentionMoments(keys, values, queries, torch.stack(outputs))
+        statistics = KVStatistics(self.plan, self.output, self.progress, self.device, self.engine, model)
+        sums = statistics.moments(windows.spread(self.plan.settings.moment_windows))
+        outputs = [fold.output_moments(model) for fold in folds_of(model, modules, self.plan.shape)]
+        return AttentionMoments(sums["keys"], sums["values"], sums["queries"], torch.stack(outputs))
 
     def _levels(self, model: Any, modules: Sequence[nn.Module], bases: Tensor, energy: Tensor) -> Tensor:
         """Return the levels that the search finds; those of an interrupted run, if it had found them."""

@@ -1,12 +1,12 @@
-"""Running a transformer layer by layer from its shards: what stays in memory is one layer and the hidden states."""
+"""Running a transformer layer by layer from its shards: of the weights one layer is in memory at a time."""
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,31 +14,29 @@ from torch import Tensor, nn
 
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.architecture import loaded_names
+from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.devices import free_at_once, ran_out_of_memory
-from basiscli.engine.local import Progress
-from basiscli.engine.tensor_reader import is_finite
+from basiscli.engine.layer_inputs import Collector, Enough, Inputs
 from basiscli.errors import InputError
-from basiscli.transforms import InputMoments
 
-_BATCH_TOKENS = 2048
-_CHUNK = 2048  # rows whose products are summed in float32 before they join the float64 sum
-_BAND = 512  # rows of a second moment that are added to at once
+_BATCH_TOKENS = 1024  # of the windows that pass a layer together
 _META = torch.device("meta")
 _GAMMA, _BETA = re.compile(r"(?<=LayerNorm\.)gamma$"), re.compile(r"(?<=LayerNorm\.)beta$")
 
 
-class _Enough(BaseException):
-    """Ends a forward whose rest is not wanted; no module's `except Exception` may catch it."""
+LayerArguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
+"""What every layer is called with besides the hidden states."""
 
 
 @dataclass
 class LayerwiseModel:
     """A model on the meta device whose modules read their weights when they are first called.
 
-    `moments` runs the calibration text through it, one layer at a time: all windows pass a layer before the next one is
-    loaded. The arguments of every layer (masks, rotary angles) are what the model's own forward hands to it, recorded
-    with layers that pass on what they get: so no architecture's forward is written again here.
+    The calibration text passes it one layer at a time, in batches of windows: `enter` once, then `through` for every
+    layer and batch, then `leave`. Several threads may do so side by side, all in the same layer. The arguments of every
+    layer (masks, rotary angles) are what the model's own forward hands to it, recorded with layers that pass on what
+    they get: so no architecture's forward is written again here.
     """
 
     checkpoint: Checkpoint
@@ -48,11 +46,21 @@ class LayerwiseModel:
     device: torch.device
     dtype: torch.dtype
     model: Any = field(init=False)
+    batches: list[Windows] = field(init=False)
+    path: str = field(init=False)
+    """Name of the list of layers."""
+    layers: nn.ModuleList = field(init=False)
     _stored: dict[str, str] = field(init=False)
-    _hidden: list[Tensor] = field(default_factory=list)
+    _arguments: list[LayerArguments] = field(default_factory=list)
+    """Of every batch, once the text has entered."""
     _entered: bool = False
     """Whether a forward has passed all layers and the rest of it is not wanted."""
-    _arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
+    _held: int | None = None
+    """The layer whose weights are in memory."""
+    _lock: Any = field(default_factory=threading.RLock)
+    """For what threads share: the weights, and the list of layers."""
+    _here: threading.local = field(default_factory=threading.local)
+    """Holds this thread's collector."""
 
     def __post_init__(self) -> None:
         free_at_once()
@@ -68,65 +76,62 @@ class LayerwiseModel:
                 value = buffer if stored is None else self.checkpoint.read(stored).to(buffer.dtype)
                 setattr(module, leaf, value.to(self.device))
             module.register_forward_pre_hook(lambda module, args, name=name: self.load(module, name))
-
-    def moments(self, progress: Progress) -> Iterator[dict[str, InputMoments]]:
-        """Yield the inputs' moments of targets by module name, one layer after another.
-
-        Targets that read the same tensor share one object. Targets outside the layers come first or last, with those
-        that run before the layers and after them.
-
-        Raises:
-            InputError: a model that cannot be run so, or weights that are missing or give NaN.
-        """
-        folder = self.checkpoint.source.folder
-        path, layers = self._layers()
-        batches = self._batches()
-        inside = [
-            [name for name in self.targets if name.startswith(f"{path}.{place}.")] for place in range(len(layers))
-        ]
-        outside = [name for name in self.targets if not name.startswith(f"{path}.")]
-        size = sum(batch.ids.numel() for batch in batches)
-        progress.start("reading inputs", len(layers), len(layers) * size, "tokens")
-        with torch.no_grad():
-            with self._collecting(outside) as early:
-                for batch in batches:
-                    early.counted = self._counted(batch)
-                    self._enter(layers, batch)
-            self._release(self.model)  # embeddings, most of all
-            if early.found:
-                yield early.moments(folder)
-            for place, wanted in enumerate(inside):
-                with self._collecting(wanted) as collector:
-                    for number, batch in enumerate(batches):
-                        collector.counted = self._counted(batch)
-                        self._hidden[number] = self._through(layers[place], place, number)
-                        progress.advance(batch.ids.numel())
-                self._release(layers[place])
-                if not all(is_finite(hidden) for hidden in self._hidden):
-                    raise InputError(
-                        f"layer {place} gives NaN or Inf on the calibration text",
-                        file=folder,
-                        remedy="check the model with `basis eval`, or give a sound checkpoint",
-                    )
-                if wanted:
-                    found = collector.moments(folder)
-                    del collector  # one layer's moments at a time: those of a wide layer are gigabytes
-                    yield found
-                    del found
-            late = [name for name in outside if name not in early.found]
-            if late:
-                with self._collecting(late) as collector:
-                    for number, batch in enumerate(batches):
-                        collector.counted, collector.awaited = self._counted(batch), set(late)
-                        self._leave(layers, batch, number)
-                if collector.found:
-                    yield collector.moments(folder)
+        self.path, self.layers = self._layers()
+        for name in self.targets:
+            self.model.get_submodule(name).register_forward_pre_hook(self._hook(name))
+        count = max(1, _BATCH_TOKENS // self.windows.ids.shape[1])
+        places = torch.arange(len(self.windows)).split(count)
+        self.batches = [self.windows.select(part.tolist()) for part in places]
 
     # The passes -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, layers: nn.ModuleList, batch: Windows) -> None:
-        """Run what comes before the layers; keep the hidden states and each layer's other arguments."""
-        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def enter(self) -> Iterator[tuple[Tensor, Inputs]]:
+        """Run what comes before the layers; yield each batch's hidden states, and the inputs of targets there.
+
+        Raises:
+            InputError: a model that cannot be run so, or weights that are missing.
+        """
+        self._arguments.clear()
+        for batch in self.batches:
+            with self._collecting(batch) as collector:
+                hidden, recorded = self._record(batch)
+            self._arguments.append(recorded)
+            yield hidden, collector.inputs
+        self.release()  # embeddings, most of all
+
+    def through(self, place: int, number: int, hidden: Tensor) -> tuple[Tensor, Inputs]:
+        """Run a batch through a layer; return its hidden states behind it, and the inputs of targets in it."""
+        args, kwargs = self._arguments_of(number)[place]
+        with self._lock:
+            if self._held != place:
+                self.release()
+                self._held = place
+        with self._collecting(self.batches[number]) as collector, self._running():
+            out = self.layers[place](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out, collector.inputs
+
+    def leave(self, number: int, hidden: Tensor, wanted: Sequence[str]) -> Inputs:
+        """Run what comes after the layers until these targets have been called; return their inputs."""
+
+        def replay(place: int, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return hidden
+
+        batch = self.batches[number]
+        with self._lock, self._collecting(batch, wanted) as collector:
+            self._forward([_Stage(layer, place, replay) for place, layer in enumerate(self.layers)], batch)
+        return collector.inputs
+
+    def release(self) -> None:
+        """Forget all weights."""
+        for module in self.model.modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.device != _META:
+                    setattr(module, leaf, nn.Parameter(parameter.to(_META), requires_grad=False))
+        self._held = None
+
+    def _record(self, batch: Windows) -> tuple[Tensor, LayerArguments]:
+        """Return the hidden states before the first layer, and each layer's other arguments."""
+        recorded: LayerArguments = []
         seen: list[Tensor] = []
 
         def record(place: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -138,47 +143,38 @@ class LayerwiseModel:
                 )
             recorded.append((args, kwargs))
             seen.append(hidden)
-            self._entered = place == len(layers) - 1
+            self._entered = place == len(self.layers) - 1
             return hidden
 
-        self._forward(layers, [_Stage(layer, place, record) for place, layer in enumerate(layers)], batch)
+        self._forward([_Stage(layer, place, record) for place, layer in enumerate(self.layers)], batch)
         self._entered = False
-        if len(recorded) < len(layers):
+        if len(recorded) < len(self.layers):
             raise InputError(
-                f"only {len(recorded)} of {len(layers)} layers are run by the model's forward",
+                f"only {len(recorded)} of {len(self.layers)} layers are run by the model's forward",
                 file=self.checkpoint.source.folder / "config.json",
                 remedy="a method that needs no calibration, such as --method pissa",
             )
-        self._hidden.append(seen[0])
-        self._arguments.append(recorded)
+        return seen[0], recorded
 
-    def _through(self, layer: nn.Module, place: int, number: int) -> Tensor:
-        args, kwargs = self._arguments[number][place]
-        with self._running():
-            out = layer(self._hidden[number], *args, **kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+    def _arguments_of(self, number: int) -> LayerArguments:
+        with self._lock:
+            if not self._arguments:  # on a cluster the text entered the model of another process
+                for _ in self.enter():
+                    pass
+        return self._arguments[number]
 
-    def _leave(self, layers: nn.ModuleList, batch: Windows, number: int) -> None:
-        """Run what comes after the layers, from the last hidden states on."""
-
-        def replay(place: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return self._hidden[number]
-
-        self._forward(layers, [_Stage(layer, place, replay) for place, layer in enumerate(layers)], batch)
-
-    def _forward(self, layers: nn.ModuleList, stages: Sequence[nn.Module], batch: Windows) -> None:
-        whole = list(layers)
+    def _forward(self, stages: Sequence[nn.Module], batch: Windows) -> None:
+        whole = list(self.layers)
         try:
             for place, stage in enumerate(stages):
-                layers[place] = stage
+                self.layers[place] = stage
             with self._running():
                 self.model(**{name: x.to(self.device) for name, x in batch.inputs.items()}, use_cache=False)
-        except _Enough:
+        except Enough:
             pass
         finally:
             for place, layer in enumerate(whole):
-                layers[place] = layer
+                self.layers[place] = layer
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -186,7 +182,8 @@ class LayerwiseModel:
         config, length = self.model.config.get_text_config(), self.windows.ids.shape[1]
         positions = getattr(config, "max_position_embeddings", None)
         try:
-            yield
+            with torch.no_grad():
+                yield
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if ran_out_of_memory(error):
                 raise
@@ -201,6 +198,25 @@ class LayerwiseModel:
                 file=self.checkpoint.source.folder / "config.json",
                 remedy="check it with `basis eval`, or restore the config.json that belongs to these weights",
             ) from error
+
+    # What targets are called with -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _collecting(self, batch: Windows, awaited: Sequence[str] = ()) -> Iterator[Collector]:
+        counted = None if batch.counted is None else batch.counted.to(self.device)
+        collector = self._here.collector = Collector(counted, set(awaited))
+        try:
+            yield collector
+        finally:
+            self._here.collector = None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            collector: Collector | None = getattr(self._here, "collector", None)
+            if collector is not None:
+                collector.add(name, args[0])
+
+        return add
 
     # The model --------------------------------------------------------------------------------------------------------
 
@@ -242,137 +258,22 @@ class LayerwiseModel:
     def load(self, module: nn.Module, name: str) -> None:
         """Give a module its own weights, on the device and in the working dtype, if it does not have them."""
         if self._entered and any(True for _ in module.parameters(recurse=False)):
-            raise _Enough  # the first module after the layers
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.device != _META:
-                continue
-            full = f"{name}.{leaf}" if name else leaf
-            stored = self._stored.get(full)
-            if stored is None or self.checkpoint.tensors[stored].shape != tuple(parameter.shape):
-                raise InputError(
-                    f"the model's parameter {full} {list(parameter.shape)} is not in the checkpoint as it is",
-                    file=self.checkpoint.source.folder,
-                    tensor=stored or full,
-                    remedy="a method that needs no calibration, such as --method pissa",
-                )
-            value = self.checkpoint.read(stored).to(self.device, self.dtype)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-    def _release(self, layer: nn.Module) -> None:
-        for module in layer.modules():
+            raise Enough  # the first module after the layers
+        with self._lock:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, leaf, nn.Parameter(parameter.to(_META), requires_grad=False))
-
-    # Batches ----------------------------------------------------------------------------------------------------------
-
-    def _batches(self) -> list[Windows]:
-        count = max(1, _BATCH_TOKENS // self.windows.ids.shape[1])
-        return [self.windows.select(places.tolist()) for places in torch.arange(len(self.windows)).split(count)]
-
-    def _counted(self, batch: Windows) -> Tensor | None:
-        return None if batch.counted is None else batch.counted.to(self.device)
-
-    @contextmanager
-    def _collecting(self, names: Sequence[str]) -> Iterator[_Collector]:
-        collector = _Collector()
-        hooks = [self.model.get_submodule(name).register_forward_pre_hook(collector.hook(name)) for name in names]
-        try:
-            yield collector
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-class _Collector:
-    """Adds up the moments of what modules are called with."""
-
-    def __init__(self) -> None:
-        self.counted: Tensor | None = None
-        """Which tokens count [windows, tokens]; None for all."""
-        self.awaited: set[str] = set()
-        """Modules after whose calls the forward is ended; with none it is not."""
-        self.found: dict[str, _Sums] = {}
-        self._last: tuple[Tensor, _Sums] | None = None
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """Return a forward pre-hook for a module."""
-
-        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            given = args[0]
-            if self._last is not None and given is self._last[0] and self.found.get(name) in (None, self._last[1]):
-                self.found[name] = self._last[1]  # the same tensor as its neighbour's: q, k and v
-            else:
-                sums = self.found.setdefault(name, _Sums())
-                sums.add(self._rows(given))
-                self._last = given, sums
-            if self.awaited:
-                self.awaited.discard(name)
-                if not self.awaited:
-                    raise _Enough
-
-        return add
-
-    def moments(self, folder: Path) -> dict[str, InputMoments]:
-        """Return what was found; modules that read the same tensors share one object.
-
-        Raises:
-            InputError: NaN or Inf among it.
-        """
-        for name, sums in self.found.items():
-            if not is_finite(sums.second):
-                raise InputError(
-                    "what this layer gets from the calibration text holds NaN or Inf",
-                    file=folder,
-                    tensor=f"{name}.weight",
-                    remedy="check the model with `basis eval`, or give a sound checkpoint",
-                )
-        distinct = {id(sums): sums.moments() for sums in self.found.values()}
-        return {name: distinct[id(sums)] for name, sums in self.found.items()}
-
-    def _rows(self, given: Tensor) -> Tensor:
-        if self.counted is not None and given.dim() == 3 and given.shape[:2] == self.counted.shape:
-            return given[self.counted]
-        if self.counted is not None and given.dim() == 2 and given.shape[0] == self.counted.numel():
-            return given[self.counted.flatten()]
-        return given.flatten(0, -2)  # one row a window (a pooler), or tokens that a router chose
-
-
-class _Sums:
-    """Second moments about the first rows' mean, so that a large mean takes no digits from them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.shift = self.total = self.second = torch.zeros(0)
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows [n, d]."""
-        if not len(rows):
-            return
-        if not self.count:
-            self.shift = rows.double().mean(0)
-            self.total = torch.zeros_like(self.shift)
-            self.second = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=rows.device)
-        for part in rows.split(_CHUNK):
-            moved = part.float() - self.shift.float()
-            self.total += moved.sum(0, dtype=torch.float64)
-            for first, last in _bands(len(self.shift)):
-                self.second[first:last, first:] += moved[:, first:last].mT @ moved[:, first:]
-        self.count += len(rows)
-
-    def moments(self) -> InputMoments:
-        """Return them; nothing is to be added afterwards."""
-        for first, last in _bands(len(self.shift)):
-            self.second[last:, first:last] = self.second[first:last, last:].mT
-        return InputMoments(self.count, self.shift.float().double(), self.total, self.second)
-
-
-def _bands(width: int) -> Iterator[tuple[int, int]]:
-    """Yield bands of rows of a symmetric matrix, whose upper half is enough.
-
-    The product of one band is all the memory that adding takes beside the sum itself.
-    """
-    for first in range(0, width, _BAND):
-        yield first, min(first + _BAND, width)
+                if parameter.device != _META:
+                    continue
+                full = f"{name}.{leaf}" if name else leaf
+                stored = self._stored.get(full)
+                if stored is None or self.checkpoint.tensors[stored].shape != tuple(parameter.shape):
+                    raise InputError(
+                        f"the model's parameter {full} {list(parameter.shape)} is not in the checkpoint as it is",
+                        file=self.checkpoint.source.folder,
+                        tensor=stored or full,
+                        remedy="a method that needs no calibration, such as --method pissa",
+                    )
+                value = read_to(self.device, self.checkpoint, stored).to(self.dtype)
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 class _Stage(nn.Module):

@@ -13,7 +13,8 @@ from basiscli.engine.room import Room
 if TYPE_CHECKING:
     import torch
 
-MIN_BUDGET_BYTES = 1 << 30  # below this, tasks run side by side without being counted
+DEFAULT_MEMORY = 1_000_000_000
+"""Bytes that tasks may take together on a CPU, where the user does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,37 @@ class Silent:
         """Show nothing."""
 
 
+class PartOf:
+    """The display of tasks that are part of a longer pass: it goes on, and does not begin again."""
+
+    def __init__(self, whole: Progress) -> None:
+        self._whole = whole
+
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Leave the display as it is."""
+
+    def advance(self, size: int) -> None:
+        """Count a task that stands for something in the whole."""
+        if size:
+            self._whole.advance(size)
+
+    def note(self, text: str) -> None:
+        """Say how the work stands."""
+        self._whole.note(text)
+
+    def stop(self) -> None:
+        """Leave the display as it is."""
+
+
 def default_workers() -> int:
     """Return the number of processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_workspace(workspaces: Sequence[int], workers: int) -> int:
-    """Return the most memory that `Threads` lets tasks take together."""
+def peak_workspace(workspaces: Sequence[int], workers: int, memory: int) -> int:
+    """Return the most memory that `Threads` lets tasks take together on a CPU."""
     largest = sorted(workspaces, reverse=True)[:workers]
-    return min(sum(largest), max([MIN_BUDGET_BYTES, *largest[:1]]))
+    return min(sum(largest), max([memory, *largest[:1]]))
 
 
 def largest_first(tasks: Iterable[Task]) -> list[Task]:
@@ -117,6 +140,8 @@ class Threads:
     workers: int
     devices: Sequence[torch.device] = ()
     """What threads compute on, in turn; none for whatever the tasks themselves choose."""
+    memory: int = DEFAULT_MEMORY
+    """Bytes that tasks may take together on a CPU; on a GPU it is what is free there. One task may always take more."""
     notes: list[str] = field(default_factory=list)
     """Where it is noted for the report what was done otherwise than planned."""
 
@@ -139,7 +164,7 @@ class Threads:
         lock = threading.Lock()
         largest = max((task.workspace for task in tasks), default=0)
         places: Sequence[torch.device | None] = self.devices or (None,)
-        rooms = [Room(max(room_bytes(place, MIN_BUDGET_BYTES), largest)) for place in places]
+        rooms = [Room(max(room_bytes(place, self.memory), largest)) for place in places]
         failure: BaseException | None = None
 
         def take() -> Task | None:

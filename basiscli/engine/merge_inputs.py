@@ -20,7 +20,7 @@ def find_base(
 ) -> Checkpoint | None:
     """Open the base: the one given, else the one that all inputs name, if anything needs one."""
     if given is not None:
-        source = resolve(given)
+        source = resolve(given, headers_only=headers_only)
         for adapter in (s for s in inputs if s.is_adapter):
             named = adapter.base_model or ""
             if source.repo_id and is_hub_id(named) and named.lower() != source.repo_id.lower():
@@ -29,7 +29,7 @@ def find_base(
                     file=adapter.path,
                     remedy="give the base that it was trained on; a local path to the same weights is taken as it is",
                 )
-        return Checkpoint.open(source, headers_only=headers_only)
+        return Checkpoint.open(source)
     if not method.needs_base and not any(source.is_adapter for source in inputs):
         return None
     names = {source.spec: source.base_model for source in named_by}
@@ -44,7 +44,7 @@ def find_base(
         raise UsageError(f"the inputs name different bases ({listing})", remedy="give the right one with --base")
     namer = named_by[0]
     assert namer.base_model is not None
-    return Checkpoint.open(resolve_base(namer.base_model, namer), headers_only=headers_only)
+    return Checkpoint.open(resolve_base(namer.base_model, namer, headers_only=headers_only))
 
 
 def merge_weights(

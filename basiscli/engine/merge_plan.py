@@ -18,7 +18,7 @@ from basiscli.checkpoints.source import Source, resolve
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.cluster import Cluster
 from basiscli.engine.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
-from basiscli.engine.local import default_workers, peak_workspace
+from basiscli.engine.local import DEFAULT_MEMORY, default_workers, peak_workspace
 from basiscli.engine.merge_inputs import find_base, merge_weights
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
@@ -43,6 +43,8 @@ class Settings:
     dtype: str | None = None
     shard_bytes: int = 5_000_000_000
     workers: int = field(default_factory=default_workers)
+    memory: int = DEFAULT_MEMORY
+    """Bytes that tensors worked on side by side may take on a CPU."""
     seed: int = 0
     resume: bool = True
     overwrite: bool = False
@@ -165,7 +167,7 @@ class MergePlan:
     def peak_bytes(self) -> int:
         """Memory of tensors in flight, at most; the interpreter and torch come on top."""
         names = [*self.merged, *self.copied]
-        return peak_workspace([workspace(self, name) for name in names], self.settings.workers)
+        return peak_workspace([workspace(self, name) for name in names], self.settings.workers, self.settings.memory)
 
     @property
     def fingerprint(self) -> str:
@@ -208,14 +210,14 @@ def plan_merge(
     values = method.validate(parameters)
     check_count(method, len(models) + (onto is not None))
     check_lengths(method.name, values, len(models))
-    sources = [resolve(spec) for spec in models]
-    onto_source = resolve(onto) if onto else None
+    sources = [resolve(spec, headers_only=settings.headers_only) for spec in models]
+    onto_source = resolve(onto, headers_only=settings.headers_only) if onto else None
     history, all_weights = merge_weights(method, values, onto_source, weights, len(sources))
     if method.check is not None:
         method.check(Choices(method.name, dict(values), all_weights, history))
     inputs = [*([onto_source] if onto_source else []), *sources]
     base_checkpoint = find_base(base, inputs, sources, method, headers_only=settings.headers_only)
-    opened = [_open(source, base_checkpoint, settings) for source in inputs]
+    opened = [_open(source, base_checkpoint) for source in inputs]
     return plan_opened(
         opened, base_checkpoint, method, (values, all_weights), history=history, out=out, as_adapter=as_adapter,
         settings=settings,
@@ -324,9 +326,9 @@ def _output(tensor: TensorSpec, dtype: str | None) -> TensorSpec:
     return TensorSpec(tensor.name, dtype or tensor.dtype, tensor.shape)
 
 
-def _open(source: Source, base: Checkpoint | None, settings: Settings) -> Model:
+def _open(source: Source, base: Checkpoint | None) -> Model:
     if not source.is_adapter:
-        return Checkpoint.open(source, headers_only=settings.headers_only)
+        return Checkpoint.open(source)
     assert base is not None  # find_base sees to it that adapters have one
     return AdapterView(Adapter(source), base)
 

@@ -16,8 +16,8 @@ from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.devices import within_memory, working_dtype
-from basiscli.engine.layerwise import LayerwiseModel
-from basiscli.engine.local import Progress
+from basiscli.engine.input_moments import Modules, MomentsRun
+from basiscli.engine.local import Progress, Threads, default_workers
 from basiscli.engine.nola_distil import Distillation, Survival
 from basiscli.engine.nola_plan import NolaModule, NolaPlan
 from basiscli.engine.tensor_reader import is_finite
@@ -107,12 +107,13 @@ class NolaRun:
 
     def _fit_layers(self, base: Any) -> None:
         self.windows, (_, training) = self._read_windows(base)
-        dtype = working_dtype(self.device, base.tensors.values())
         count = max(1, _MOMENT_TOKENS // training.ids.shape[1])
         by_name = {module.loaded: module for module in self.plan.modules}
-        model = LayerwiseModel(base, list(by_name), training.spread(count), self.device, dtype)
-        for moments in model.moments(self.progress):
-            for name, inputs in moments.items():
+        engine = Threads(1 if self.device.type == "cuda" else default_workers())
+        run = MomentsRun(Modules(base, {n: n for n in by_name}), self.output, self.progress, self.device, engine)
+        for moments in run.moments(training.spread(count)):
+            for name, stored in moments.items():
+                inputs = stored.load(self.device)
                 self._fit(by_name[name], (inputs.raw / max(1, inputs.count)).float())
         for name, module in by_name.items():
             if module.name not in self.coefficients:
@@ -202,8 +203,7 @@ class NolaRun:
     def _read_windows(self, base: Any) -> tuple[Windows, tuple[Windows, Windows]]:
         """Return the calibration text, and of it what measures and what is learned from."""
         settings, folder = self.plan.settings, base.source.folder
-        config = base.config
-        vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 1 << 62
+        vocabulary = base.vocabulary_size or 1 << 62
         whole = self.windows or read_windows(
             settings.calibration, lambda: load_tokenizer(folder), settings.length, vocabulary
         )

@@ -13,8 +13,8 @@ from typing import Any
 
 from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.architecture import Kind, kind_by_name
+from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.init_plan import InitPlan
-from basiscli.engine.local import MIN_BUDGET_BYTES
 from basiscli.engine.merge_plan import MergePlan, Settings, workspace
 from basiscli.engine.rates import MEASURED, Rates
 from basiscli.names import format_size
@@ -33,6 +33,8 @@ class Price:
     seconds: float
     workers: int
     machine: str
+    download_bytes: int = 0
+    """Of models on the Hub whose headers alone are here."""
 
     @property
     def hours(self) -> float:
@@ -43,8 +45,9 @@ class Price:
         """Return operations and time as a person reads them."""
         rate = format_size((self.read_bytes + self.write_bytes) / max(self.seconds, 1e-9))
         workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        fetched = f"download {format_size(self.download_bytes)}, then " if self.download_bytes else ""
         return (
-            f"{_operations(self.flops)}: about {_time(self.seconds)} with {workers}, each {self.machine}, "
+            f"{fetched}{_operations(self.flops)}: about {_time(self.seconds)} with {workers}, each {self.machine}, "
             f"on storage of at least {rate}/s"
         )
 
@@ -88,7 +91,9 @@ def merge_price(plan: MergePlan, rates: Rates = MEASURED) -> Price:
         if not any(isinstance(model, AdapterView) for model in plan.models):  # factors of adapters cost next to nothing
             flops += sum(own for own, _ in work)
             seconds += _shared(work, plan.settings) / rates.exact_flops
-    return Price(plan.read_bytes, plan.write_bytes, flops, seconds, plan.settings.workers, rates.machine)
+    needed = [plan.reference, *(m.adapter.weights if isinstance(m, AdapterView) else m for m in plan.models)]
+    fetched = _to_download(needed)
+    return Price(plan.read_bytes, plan.write_bytes, flops, seconds, plan.settings.workers, rates.machine, fetched)
 
 
 def init_price(plan: InitPlan, rates: Rates = MEASURED) -> Price:
@@ -106,7 +111,15 @@ def init_price(plan: InitPlan, rates: Rates = MEASURED) -> Price:
     ]
     seconds = (read + plan.expected_bytes) / rates.copy_bytes / settings.workers + _shared(work, settings) / per_second
     flops = sum(own for own, _ in work)
-    return Price(read, plan.expected_bytes, flops, seconds, settings.workers, rates.machine)
+    return Price(
+        read,
+        plan.expected_bytes,
+        flops,
+        seconds,
+        settings.workers,
+        rates.machine,
+        _to_download([plan.model, plan.base]),
+    )
 
 
 def _from_data(plan: InitPlan, rates: Rates, read: int) -> Price:
@@ -119,7 +132,14 @@ def _from_data(plan: InitPlan, rates: Rates, read: int) -> Price:
     axes = sum(_fast_svd((width, width), plan.rank) for width in inputs) / 2
     seconds = (read + plan.expected_bytes) / rates.copy_bytes + forward / rates.forward_flops + axes / rates.fast_flops
     workers = plan.settings.workers
-    return Price(read, plan.expected_bytes, forward + axes, seconds / workers, workers, rates.machine)
+    fetched = _to_download([plan.model])
+    return Price(read, plan.expected_bytes, forward + axes, seconds / workers, workers, rates.machine, fetched)
+
+
+def _to_download(checkpoints: Iterable[Checkpoint | None]) -> int:
+    """Return the bytes of weights that are on the Hub, and not here, each model's once."""
+    remote = {c.source.path: c for c in checkpoints if c is not None and c.source.is_remote}
+    return sum(tensor.nbytes for checkpoint in remote.values() for tensor in checkpoint.tensors.values())
 
 
 def _shared(work: Sequence[tuple[float, int]], settings: Settings) -> float:
@@ -130,7 +150,7 @@ def _shared(work: Sequence[tuple[float, int]], settings: Settings) -> float:
     even = sum(flops for flops, _ in work) / settings.workers
     if settings.cluster is not None or not work:
         return even
-    budget = max([MIN_BUDGET_BYTES, *(held for _, held in work)])
+    budget = max([settings.memory, *(held for _, held in work)])
     return max(even, sum(flops * held for flops, held in work) / budget)
 
 

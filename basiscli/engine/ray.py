@@ -2,7 +2,7 @@
 
 The driver is where the command was given: it plans, keeps the journal, shows the progress, and hands out tasks. A
 worker is one process of the cluster. With its first task it makes the same plan, opens the shards for writing and
-builds a run like the driver's; a task is then the call of one of the run's methods with plain arguments, and its result
+builds runs like the driver's; a task is then the call of one of the run's methods with plain arguments, and its result
 the journal's entry. What a worker wrote is on the shared disk before its entry is returned, so with a worker no more is
 lost than the task that it was at.
 """
@@ -172,7 +172,19 @@ class RayEngine:
 
 # On a worker ----------------------------------------------------------------------------------------------------------
 
-_taken_up: tuple[str, Any] | None = None  # the job that this process last worked for, and its run
+
+@dataclass
+class _Part:
+    """What this process has of the run that it takes part in."""
+
+    number: str
+    plan: Plan
+    shards: Shards
+    runs: dict[type, Any] = field(default_factory=dict)
+    """Whose methods are the tasks, as tasks ask for them."""
+
+
+_part: _Part | None = None
 
 
 def _do(job: Job, method: str, arguments: Sequence[Any]) -> dict[str, Any]:
@@ -187,18 +199,20 @@ _REMOTE = ray.remote(num_cpus=1, max_retries=0)(_do)  # `RayEngine` gives tasks 
 
 
 def _run_of(job: Job) -> Any:
-    global _taken_up
-    if _taken_up is None or _taken_up[0] != job.number:
-        if _taken_up is not None:
-            _taken_up[1].output.close()
-            _taken_up[1].plan.close()
-            _taken_up = None
-        _taken_up = (job.number, _take_up(job))
-    return _taken_up[1]
+    global _part
+    if _part is None or _part.number != job.number:
+        if _part is not None:
+            _part.shards.close()
+            _part.plan.close()
+            _part = None
+        _part = _take_up(job)
+    if job.run not in _part.runs:
+        _part.runs[job.run] = job.run(_part.plan, _part.shards, Silent(), torch.device(job.device), Threads(1))
+    return _part.runs[job.run]
 
 
-def _take_up(job: Job) -> Any:
-    """Build the run of a job.
+def _take_up(job: Job) -> _Part:
+    """Make the plan of a job, and open what it writes.
 
     Raises:
         InputError: this machine does not see the files that the driver sees.
@@ -219,7 +233,7 @@ def _take_up(job: Job) -> Any:
         shards = Shards.join(plan.out, plan.layout, plan.fingerprint)
     except (OSError, ValueError) as error:
         raise InputError(f"{host} does not see the partial output", file=plan.out, remedy=_SHARE) from error
-    return job.run(plan, shards, Silent(), torch.device(job.device), Threads(1))
+    return _Part(job.number, plan, shards)
 
 
 _SHARE = "every machine needs the models, the output and the same basis, on a shared file system under the same paths"

@@ -46,10 +46,14 @@ def plan_mergekit(
             file=file,
             remedy=f"`basis merge --method {method.name}`, or a step of a pipeline",
         )
-    stored = {name: _open(name, file) for name in recipe.names()}
+    # A tokenizer is made of files that lie beside whole weights only.
+    hollow = settings.headers_only and recipe.vocabulary is None and recipe.chat_template is None
+    stored = {name: _open(name, file, headers_only=hollow) for name in recipe.names()}
     opened, files, notes = _revocabulated(recipe, stored, file)
     models: dict[ModelName, Model] = {
-        name: checkpoint if name.lora is None else AdapterView(Adapter(resolve(name.lora)), checkpoint)
+        name: checkpoint
+        if name.lora is None
+        else AdapterView(Adapter(resolve(name.lora, headers_only=hollow)), checkpoint)
         for name, checkpoint in opened.items()
     }
     parts = recipe.part.slices or [_whole(recipe, method, stored)]
@@ -88,8 +92,8 @@ def plan_mergekit(
     )  # fmt: skip
 
 
-def _open(name: ModelName, file: Path) -> Checkpoint:
-    source = resolve(name.model)
+def _open(name: ModelName, file: Path, *, headers_only: bool) -> Checkpoint:
+    source = resolve(name.model, headers_only=headers_only)
     if source.is_adapter:
         raise InputError(f"{name.model} is an adapter", file=file, remedy=f"name its base, too: BASE+{name.model}")
     return Checkpoint.open(source)

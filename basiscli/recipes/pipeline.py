@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +15,13 @@ from basiscli.engine.local import Progress
 from basiscli.engine.merge_plan import ADAPTER_FILE
 from basiscli.errors import BasisError, InputError, UsageError
 from basiscli.gates import Outcome, failure_of
+from basiscli.names import for_json
 from basiscli.recipes.state import STATE, State, digest_of
 from basiscli.recipes.steps import INPUTS, Step
 from basiscli.version import __version__
 
 _FILES = ("plugins",)  # options that name files whose contents decide the result, and that no step makes
-_INDIFFERENT = frozenset({"workers"})  # any number gives the same bytes
+_INDIFFERENT = frozenset({"workers", "memory"})  # any of them gives the same bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StepResult:
             "name": self.name,
             "command": self.command,
             "path": None if self.path is None else str(self.path),
-            "numbers": _plain(self.numbers),
+            "numbers": for_json(self.numbers),
             "url": self.url,
             "done_before": self.done_before,
             "gates": [outcome.as_dict() for outcome in self.gates],
@@ -129,7 +129,7 @@ class Pipeline:
             self.state.begin(step.name)  # whatever ends this run, the next one may replace what it finds here
         if step.word == "eval":
             evaluation = function(given[0], progress=progress, **options)
-            place.write_text(json.dumps(_plain(evaluation.as_dict()), indent=1) + "\n")
+            place.write_text(json.dumps(for_json(evaluation.as_dict()), indent=1, allow_nan=False) + "\n")
             self.state.record(step.name, key, place, evaluation.numbers, None)
             return
         if ours and _is_bare_adapter(place):
@@ -230,12 +230,3 @@ def of_step(step: Step) -> Iterator[None]:
 def _is_bare_adapter(place: Path) -> bool:
     names = {item.name for item in place.iterdir()} if place.is_dir() else set()
     return ADAPTER_CONFIG in names and names <= {ADAPTER_CONFIG, ADAPTER_FILE, "README.md"}
-
-
-def _plain(value: Any) -> Any:
-    """Return plain data with words for NaN and Inf, which JSON has no numbers for."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -72,7 +72,7 @@ def align(
         made = _copy(made)
         made.add_tokens(absent)
     wanted = made.get_vocab()
-    sizes = {_rows(checkpoint) for checkpoint in checkpoints.values()}
+    sizes = {checkpoint.vocabulary_size for checkpoint in checkpoints.values()}
     same = len(sizes) == 1 and all(vocabulary == wanted for vocabulary in vocabularies.values())
     if same and not choice.tokens and not choice.pad_to_multiple_of:
         return Alignment(None, made, notes)  # rows beyond the tokenizer's, too, stay as they are
@@ -117,14 +117,8 @@ def _template(source: Source) -> str | None:
 
 def _vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> dict[str, int]:
     """Return the tokens that the model has rows for."""
-    size = _rows(checkpoint) or len(tokenizer)
+    size = checkpoint.vocabulary_size or len(tokenizer)
     return {token: row for token, row in tokenizer.get_vocab().items() if row < size}
-
-
-def _rows(checkpoint: Checkpoint) -> int | None:
-    config = checkpoint.config
-    found: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return found
 
 
 def _union(first: Any, tokenizers: Sequence[Any], vocabularies: Mapping[ModelName, dict[str, int]]) -> Any:

@@ -475,16 +475,17 @@ def test_only_what_makes_a_model_is_downloaded_and_once(hub: Hub, family: dict[s
     extra = ["code.py", "pytorch_model.bin", "optimizer.pt", "onnx/model.onnx", "fp16/model.safetensors", "model.h5"]
     hub.models = {"org/a": {MAIN: files_of(family["a"]) | dict.fromkeys(extra, b"?")}}
     for _ in range(2):
-        assert basis_online(hub, tmp_path, "inspect", "org/a").returncode == 0
+        assert basis_online(hub, tmp_path, "verify", "org/a").returncode == 0
     asked = [path.rpartition("/resolve/")[2] for path in hub.asked if "/resolve/" in path]
     assert set(asked) == {f"{MAIN}/{name}" for name in files_of(family["a"])}
     downloads = len(hub.asked)
-    assert basis_online(hub, tmp_path, "inspect", "org/a", HF_HUB_OFFLINE="1").returncode == 0
+    assert basis_online(hub, tmp_path, "verify", "org/a", HF_HUB_OFFLINE="1").returncode == 0
     assert len(hub.asked) == downloads
 
 
 def test_pickles_are_downloaded_where_there_is_no_safetensors(hub: Hub, tmp_path: Path) -> None:
     hub.models = {"org/old": {MAIN: files_of(write_pickle(tmp_path / "old", make_tensors(0)))}}
+    assert basis_online(hub, tmp_path, "verify", "org/old").returncode == 0
     done = basis_online(hub, tmp_path, "inspect", "org/old", "--tensors", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -26,7 +26,7 @@ from basiscli.engine.kv_search import GreedySearch
 from basiscli.engine.kv_training import Training
 from basiscli.linalg.orthogonal import orthogonality_error
 from tests.cli.test_commands import NO_TORCH
-from tests.conftest import basis_process, read_checkpoint, snapshot
+from tests.conftest import basis_process, read_checkpoint, snapshot, stop_after
 from tests.kv_models import ARCHITECTURES, llama, logits_of, make_model, make_text, save_model, some_ids
 
 Basis = Callable[..., Result]
@@ -354,19 +354,6 @@ def test_going_down_and_up_again_gives_the_same_ranks(m: Path, basis: Basis) -> 
 
 
 # Interruption ---------------------------------------------------------------------------------------------------------
-
-
-def stop_after(patch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:
-    """Let a method be interrupted, as by Ctrl-C, after it worked so many times."""
-    real, left = getattr(owner, name), [calls]
-
-    def stop(self: Any, *words: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(self, *words, **options)
-
-    patch.setattr(owner, name, stop)
 
 
 def save_every_step(patch: pytest.MonkeyPatch) -> None:

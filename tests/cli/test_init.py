@@ -20,7 +20,7 @@ import basiscli
 from basiscli.checkpoints.writer import JOURNAL
 from basiscli.reports.schema import read_report
 from tests import kv_models
-from tests.conftest import Tensors, basis_process, make_tensors, read_checkpoint, snapshot, write_checkpoint
+from tests.conftest import Tensors, basis_process, make_tensors, read_checkpoint, snapshot, stop_after, write_checkpoint
 from tests.init_models import (
     Interrupts,
     Make,
@@ -342,16 +342,9 @@ def test_an_adapter_that_was_half_written_is_finished(
     def run(out: Path) -> basiscli.InitResult:
         return basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=out)
 
-    whole, write, left = run(tmp_path / "whole"), InitRun._write_factors, [written]
-
-    def dying(self: InitRun, *given: Any) -> dict[str, Any]:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return write(self, *given)
-
+    whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(InitRun, "_write_factors", dying)
+        stop_after(patch, InitRun, "_write_factors", written)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out")
     again = run(tmp_path / "out")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import Result
 
 import basiscli
+from basiscli.api.compress import plan_compress
+from basiscli.api.init import plan_init
 from basiscli.engine import cluster
 from basiscli.errors import UsageError
+from tests.kv_models import make_model, save_model
 
 INSTALLED = object()
 
@@ -42,26 +47,32 @@ def test_what_makes_no_sense_is_refused(
         basiscli.plan_merge([family["a"], family["b"]], method="linear", **options)
 
 
-@pytest.mark.parametrize("method", ["eva", "corda"])
-def test_what_runs_the_model_is_not_shared_out(
-    family: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "find_spec", lambda name: INSTALLED)
-    with pytest.raises(UsageError, match=f"{method} runs the model layer by layer") as raised:
-        basiscli.plan_init(family["a"], method=method, rank=4, engine="ray")
-    assert raised.value.remedy == "leave out --engine ray"
+PLANS: dict[str, Callable[..., Any]] = {
+    "merge": lambda model, **options: basiscli.plan_merge([model, model], method="linear", **options),
+    "pissa": lambda model, **options: plan_init(model, rank=4, **options),
+    "eva": lambda model, **options: plan_init(model, method="eva", rank=4, tokens=64, **options),
+    "compress": lambda model, **options: plan_compress(model, kv_ratio=0.5, train_steps=3, **options),
+}
 
 
+@pytest.mark.parametrize("command", PLANS)
 def test_a_plan_on_a_cluster_is_the_plan_of_its_workers(
-    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: INSTALLED)
-    plan = basiscli.plan_merge(
-        [family["a"], family["b"]], method="linear", output=tmp_path / "out", engine="ray", workers=7
-    )
+    model = save_model(tmp_path / "model", make_model())
+    plan = PLANS[command](model, output=tmp_path / "out", engine="ray", workers=7)
     assert plan.settings.cluster is not None
+    assert plan.settings.cluster.workers == 7
     (tmp_path / "out").mkdir()  # a worker finds the place taken
     (tmp_path / "out" / "basis_report.json").write_text("{}")
-    there = plan.settings.cluster.plan()
+    there = pickle.loads(pickle.dumps(plan.settings.cluster.plan))()
+    assert there.settings.cluster is None
     assert there.fingerprint == plan.fingerprint
     assert there.out == plan.out
+
+
+def test_nola_is_made_where_the_command_is_given(tmp_path: Path, basis: Callable[..., Result]) -> None:
+    result = basis("compress", tmp_path, "--method", "nola", "--engine", "ray")
+    assert result.exit_code == 2
+    assert "--engine ray" in result.output

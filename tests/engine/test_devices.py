@@ -62,8 +62,7 @@ def test_a_gpu_gives_the_same_numbers(family: dict[str, Path], tmp_path: Path, m
     assert results["cuda"].report.cost.device.startswith("cuda")
 
 
-def test_tasks_together_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("basiscli.engine.local.MIN_BUDGET_BYTES", 100)
+def test_tasks_together_stay_within_the_budget() -> None:
     lock, running, most = threading.Lock(), list[int](), [0]
 
     def work(size: int) -> dict[str, int]:
@@ -78,19 +77,18 @@ def test_tasks_together_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
     sizes = [90, 60, 50, 40, 30, 20, 10] * 5
     tasks = [Task(str(n), 1, size, (size,)) for n, size in enumerate(sizes)]
     done: list[str] = []
-    Threads(4).run_tasks(tasks, work, lambda key, _: done.append(key), progress=Silent(), what="test")
+    Threads(4, memory=100).run_tasks(tasks, work, lambda key, _: done.append(key), progress=Silent(), what="test")
     assert sorted(done, key=int) == [task.key for task in tasks]
     assert 90 < most[0] <= 100  # side by side, and no more than fits
-    assert peak_workspace(sizes, 4) == 100
+    assert peak_workspace(sizes, 4, 100) == 100
 
 
-def test_a_task_larger_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("basiscli.engine.local.MIN_BUDGET_BYTES", 100)
+def test_a_task_larger_than_the_budget_runs_alone() -> None:
     done: list[str] = []
     tasks = [Task(str(n), 1, size, ()) for n, size in enumerate([500, 80, 80])]
-    Threads(3).run_tasks(tasks, dict, lambda key, _: done.append(key), progress=Silent(), what="test")
+    Threads(3, memory=100).run_tasks(tasks, dict, lambda key, _: done.append(key), progress=Silent(), what="test")
     assert sorted(done) == ["0", "1", "2"]
-    assert peak_workspace([500, 80, 80], 3) == 500
+    assert peak_workspace([500, 80, 80], 3, 100) == 500
 
 
 def test_the_callers_threads_are_given_back(family: dict[str, Path], tmp_path: Path) -> None:

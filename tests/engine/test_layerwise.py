@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.layerwise import LayerwiseModel
-from basiscli.engine.local import Silent
+from basiscli.engine.exchange import InMemory
+from basiscli.engine.input_moments import Modules, MomentsRun
+from basiscli.engine.local import Silent, Threads
+from basiscli.engine.strips import StoredMoments, add_rows, begun, strip_key, strips
 from basiscli.errors import InputError
 from basiscli.transforms import InputMoments
 from tests import init_models, kv_models
@@ -63,15 +65,20 @@ def expected_inputs(model: Any, windows: Windows, names: list[str]) -> dict[str,
     return rows
 
 
-def layerwise(folder: Path, names: list[str], windows: Windows) -> dict[str, InputMoments]:
+def layerwise(folder: Path, names: list[str], windows: Windows, workers: int = 1) -> dict[str, InputMoments]:
     checkpoint = Checkpoint.open(resolve(str(folder)))
-    model = LayerwiseModel(checkpoint, names, windows, torch.device("cpu"), torch.float32)
+    nowhere: Any = None
+    run = MomentsRun(
+        Modules(checkpoint, {n: n for n in names}), nowhere, Silent(), torch.device("cpu"), Threads(workers)
+    )
     found: dict[str, InputMoments] = {}
-    for part in model.moments(Silent()):
+    for part in run.moments(windows):
         assert not found.keys() & part.keys()
-        found |= part
-    resident = [n for n, p in model.model.named_parameters() if p.device.type != "meta" and ".layer" in n]
-    assert resident == [], "a layer stayed in memory"
+        loaded = {stored: stored.load(run.device) for stored in part.values()}
+        found |= {name: loaded[stored] for name, stored in part.items()}
+        assert run._model is not None
+        resident = [n for n, p in run._model.model.named_parameters() if p.device.type != "meta"]
+        assert resident == [], "a layer stayed in memory"
     checkpoint.close()
     return found
 
@@ -102,20 +109,39 @@ def test_modules_that_read_the_same_tensor_share_its_moments(tmp_path: Path) -> 
     assert len(set(groups.values())) == 8
 
 
-@pytest.mark.parametrize("width", [12, 520])  # a band of rows, and two
-def test_a_large_mean_takes_no_digits(width: int) -> None:
-    """Inputs of mean 1,000 and deviation 1: squares summed in float32 would leave no variance."""
-    from basiscli.engine.layerwise import _Sums
+@pytest.mark.parametrize("workers", [2, 3])
+def test_moments_are_the_same_bits_for_any_number_of_workers(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("basiscli.engine.layerwise._BATCH_TOKENS", 24)
+    monkeypatch.setattr("basiscli.engine.strips._BAND", 10)
+    folder = save(init_models.llama, tmp_path / "model")
+    names, windows = linear_names(load(folder)), some_windows(padded=True, count=7)
+    one, many = (layerwise(folder, names, windows, count) for count in (1, workers))
+    assert one.keys() == many.keys() == set(names)
+    for name, moments in one.items():
+        assert moments.count == many[name].count
+        for part in ("shift", "total", "second"):
+            assert torch.equal(getattr(moments, part), getattr(many[name], part)), (name, part)
 
-    rows = 1000 + torch.randn(5000, width, generator=torch.Generator().manual_seed(0))
-    sums = _Sums()
-    for part in rows.split(777):
-        sums.add(part)
+
+@pytest.mark.parametrize(("width", "band"), [(12, 512), (520, 512), (600, 32)])  # 1, 2, and 7 strips of 3 bands
+def test_a_large_mean_takes_no_digits(width: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of mean 1,000 and deviation 1: squares summed in float32 would leave no variance."""
+    monkeypatch.setattr("basiscli.engine.strips._BAND", band)
+    rows = 1000 + torch.randn(6000, width, generator=torch.Generator().manual_seed(0))
+    exchange = InMemory()
+    for strip in strips(width):
+        sums = begun(strip, rows[:777].mean(0))
+        for part in rows.split(2777):
+            add_rows(sums, strip, part)
+        exchange.put(strip_key("linear", strip), sums)
+    moments = StoredMoments(exchange, "linear", width, len(rows)).load(torch.device("cpu"))
     wide = rows.double()
     centred = wide - wide.mean(0)
     expected = centred.mT @ centred
-    assert (sums.moments().centred - expected).norm() < 1e-6 * expected.norm()
-    assert (sums.moments().raw - wide.mT @ wide).norm() < 1e-9 * (wide.mT @ wide).norm()
+    assert (moments.centred - expected).norm() < 1e-6 * expected.norm()
+    assert (moments.raw - wide.mT @ wide).norm() < 1e-9 * (wide.mT @ wide).norm()
 
 
 def test_experts_that_become_one_parameter_are_refused(tmp_path: Path) -> None:

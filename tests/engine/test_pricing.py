@@ -109,3 +109,20 @@ def test_more_workers_take_less_time(family: dict[str, Path], tmp_path: Path) ->
         times.append(merge_price(plan).hours)
         plan.close()
     assert math.isclose(times[0], 4 * times[1])
+
+
+def test_more_memory_lets_large_matrices_go_side_by_side(tmp_path: Path, basis: Callable[..., Result]) -> None:
+    weights = {f"model.layers.{n}.mlp.up_proj.weight": (8192, 8192) for n in range(8)}
+    folders = [headers(tmp_path / name, weights) for name in ("base", "a", "b")]
+    words = ["merge", *folders[1:], "--base", folders[0], "-m", "ortho", "-o", tmp_path / "out", "--workers", 8]
+
+    def dry(*more: str) -> dict[str, float]:
+        found = json.loads(basis(*words, "--dry-run", "--json", *more).output)
+        return {"seconds": found["price"]["seconds"], "peak": found["peak_bytes"]}
+
+    scarce, ample = dry(), dry("--memory", "100GB")
+    assert ample["peak"] == 8 * scarce["peak"] > 8 * 4 * 8192**2
+    assert 4 < scarce["seconds"] / ample["seconds"] <= 8
+    assert dry("--memory", "1MB") == scarce, "one alone may take what it needs"
+    refused = basis(*words, "--memory", "much")
+    assert refused.exit_code == 2 and "not a size: 'much'" in refused.stderr

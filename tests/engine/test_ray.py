@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from basiscli.errors import InputError, ResourceError
 from basiscli.registry import Registry
 from tests.conftest import add, basis_process, make_tensors, write_checkpoint
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 
 # A method that takes its time, tells who works on what, and may end its own process or fail.
 PLUGIN = """
@@ -43,17 +42,6 @@ def slow(others, *, seconds: float = 0.0, log: str = "", kill: int = 0, fail: bo
         os.kill(os.getpid(), signal.SIGKILL)
     return sum(others) / len(others)
 """
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A cluster of two workers on this machine, for all tests of this file."""
-    ray.init(
-        "local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,
-        log_to_driver=False, configure_logging=False,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import basiscli
 from basiscli.engine.layerwise import LayerwiseModel
 from tests import init_models, kv_models
-from tests.conftest import read_checkpoint, snapshot
+from tests.conftest import read_checkpoint, snapshot, stop_after
 from tests.init_models import (
     Interrupts,
     Make,
@@ -462,7 +462,7 @@ def test_how_many_windows_pass_at_a_time_is_rounding(
     model = save(uneven, tmp_path / "model")
     whole = factors(run("eva", model, tokens, tmp_path / "whole").adapter)
     monkeypatch.setattr("basiscli.engine.layerwise._BATCH_TOKENS", 3 * LENGTH)
-    monkeypatch.setattr("basiscli.engine.layerwise._CHUNK", 50)
+    monkeypatch.setattr("basiscli.engine.strips._ROWS", 50)
     parts = factors(run("eva", model, tokens, tmp_path / "parts").adapter)
     assert parts.keys() == whole.keys()
     principal = {module: Principal(rows) for module, rows in inputs_of(model, tokens).items()}
@@ -636,13 +636,13 @@ def test_the_scale_of_the_activations_does_not_matter(tmp_path: Path, tokens: Pa
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return a list that gets (layer, batch) of every batch that passes a layer."""
     seen: list[tuple[int, int]] = []
-    through = LayerwiseModel._through
+    through = LayerwiseModel.through
 
-    def counted(self: LayerwiseModel, layer: nn.Module, place: int, number: int) -> Tensor:
+    def counted(self: LayerwiseModel, place: int, number: int, hidden: Tensor) -> Any:
         seen.append((place, number))
-        return through(self, layer, place, number)
+        return through(self, place, number, hidden)
 
-    monkeypatch.setattr(LayerwiseModel, "_through", counted)
+    monkeypatch.setattr(LayerwiseModel, "through", counted)
     return seen
 
 
@@ -654,7 +654,7 @@ def test_the_text_passes_each_layer_once(
     monkeypatch.setattr("basiscli.engine.layerwise._BATCH_TOKENS", 8 * LENGTH)
     seen = counting(monkeypatch)
     run(method, model, tokens, tmp_path / "out")
-    assert seen == [(layer, batch) for layer in range(3) for batch in range(WINDOWS // 8)]
+    assert sorted(seen) == [(layer, batch) for layer in range(3) for batch in range(WINDOWS // 8)]
 
 
 def test_the_text_is_not_run_again_for_weights_that_are_done(
@@ -708,16 +708,8 @@ def test_a_run_that_died_while_it_wrote_goes_on(
 
     model = save(uneven, tmp_path / "model")
     whole = run(method, model, tokens, tmp_path / "whole")
-    write, left = InitRun._write_stored, [5]
-
-    def dying(self: InitRun, *given: Any) -> dict[str, Any]:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return write(self, *given)
-
     with monkeypatch.context() as patch:
-        patch.setattr(InitRun, "_write_stored", dying)
+        stop_after(patch, InitRun, "_write_stored", 5)
         with pytest.raises(KeyboardInterrupt):
             run(method, model, tokens, tmp_path / "out", workers=1)
     again = run(method, model, tokens, tmp_path / "out")
