@@ -39,15 +39,36 @@ def on_device(device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Have every task compute with one thread, and float32 products be float32 products (no TF32) on a GPU."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    """Have every task compute with one thread, and float32 products be that: no TF32 on a GPU, no bfloat16 on a CPU."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with _float32_products():
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    # The older way of asking is refused once a process has used the newer one.
+    libraries: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [library.fp32_precision for library in libraries]
+    try:
+        for library in libraries:
+            library.fp32_precision = "ieee"
+        yield
+    finally:
+        for library, precision in zip(libraries, before, strict=True):
+            library.fp32_precision = precision
 
 
 def free_cached() -> None:

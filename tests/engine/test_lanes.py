@@ -148,16 +148,29 @@ def test_a_gpus_room_is_most_of_its_free_memory(monkeypatch: pytest.MonkeyPatch)
     assert room_bytes(CPU, 7) == room_bytes(None, 7) == 7
 
 
-def test_products_are_exact_inside_and_as_before_outside() -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def precisions() -> tuple[str, str]:
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_products_are_exact_inside_and_as_before_outside(newer: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the older way alone")
+    before = precisions()
     try:
+        if newer:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        chosen = precisions()
         with exact_arithmetic():
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert precisions() == ("ieee", "ieee")
             assert torch.get_num_threads() == 1
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert precisions() == chosen and chosen[0] == "tf32"
+        assert newer or torch.get_float32_matmul_precision() == "high"
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_one_alone_waits_for_the_others_and_keeps_new_ones_out() -> None:
