@@ -10,6 +10,7 @@ from basiscli.errors import UsageError
 
 Made = TypeVar("Made")
 Call = ParamSpec("Call")
+_DEFAULTS = {"device": "auto", "engine": "local", "shard_size": "5GB", "memory": "1GB"}
 
 
 def saved(
@@ -56,11 +57,11 @@ def _step(command: str, given: Any, options: Mapping[str, Any]) -> dict[str, Any
 
     fields = schema_of(command, options.get("method")).model_fields
     said = {name: _plain(value) for name, value in options.items() if name in fields}
-    return {command: _plain(given)} | {name: value for name, value in said.items() if not _is_default(value)}
+    return {command: _plain(given)} | {name: value for name, value in said.items() if not _is_default(name, value)}
 
 
-def _is_default(value: Any) -> bool:
-    return value is None or value is False or value in ("auto", "local", "5GB", {}, [])
+def _is_default(name: str, value: Any) -> bool:
+    return value is None or value is False or value in ({}, []) or _DEFAULTS.get(name) == value
 
 
 def _plain(value: Any) -> Any:

@@ -59,6 +59,10 @@ def test_a_saved_merge_runs_to_the_same_bytes(folder: Path, basis: Basis) -> Non
             {"init": "a", "method": "pissa", "rank": 2, "target_modules": ["q_proj", "up_proj"], "seed": 0},
         ),
         (["extract", "a", "--base", "base", "-r", "2"], {"extract": "a", "base": "base", "rank": 2, "seed": 0}),
+        (
+            ["extract", "a", "--base", "base", "--memory", "5GB", "--shard-size", "1GB"],  # each other's defaults
+            {"extract": "a", "memory": "5GB", "shard_size": "1GB"},
+        ),
     ],
 )
 def test_what_is_saved_runs(folder: Path, basis: Basis, words: list[str], step: dict[str, object]) -> None:
