@@ -60,8 +60,8 @@ def test_a_saved_merge_runs_to_the_same_bytes(folder: Path, basis: Basis) -> Non
         ),
         (["extract", "a", "--base", "base", "-r", "2"], {"extract": "a", "base": "base", "rank": 2, "seed": 0}),
         (
-            ["extract", "a", "--base", "base", "--memory", "5GB", "--shard-size", "1GB"],  # each other's defaults
-            {"extract": "a", "memory": "5GB", "shard_size": "1GB"},
+            ["init", "a", "-m", "pissa", "-r", "2", "--memory", "5GB", "--shard-size", "1GB"],  # each other's defaults
+            {"init": "a", "memory": "5GB", "shard_size": "1GB"},
         ),
     ],
 )
