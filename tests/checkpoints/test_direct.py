@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def file(tmp_path: Path) -> Iterator[Path]:
     yield path
 
 
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_BUFFER_BYTES", 2 * PAGE)
+    monkeypatch.setattr(direct, "_own", threading.local())  # this thread may have one already
+
+
 def rest(path: Path, data: bytes, offset: int, done: tuple[int, int]) -> None:
     """Write what was not written directly, as the writer of shards does."""
     with path.open("r+b") as stream:
@@ -32,7 +38,7 @@ def rest(path: Path, data: bytes, offset: int, done: tuple[int, int]) -> None:
 
 
 def test_pieces_of_any_size_at_any_place_lie_where_they_belong(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_BUFFER_BYTES", 2 * PAGE)
+    small_buffer(monkeypatch)
     chance = random.Random(0)
     expected, written = bytearray(file.read_bytes()), DirectFile(file)
     able = written.descriptor is not None
@@ -63,7 +69,7 @@ def test_a_system_without_direct_writes_writes_nothing_here(file: Path, monkeypa
 def test_a_disk_that_refuses_them_gets_the_rest_otherwise(
     file: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(direct, "_BUFFER_BYTES", 2 * PAGE)
+    small_buffer(monkeypatch)
     real, calls = os.pwrite, list[int]()
 
     def refuse(*words: object) -> int:

@@ -165,19 +165,21 @@ def test_products_are_exact_inside_and_as_before_outside(newer: bool) -> None:
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has the older way alone")
-    before = precisions()
+    before, threads = precisions(), torch.get_num_threads()
     try:
         if newer:
             matmul.fp32_precision = "tf32"
         else:
             torch.set_float32_matmul_precision("high")
+        torch.set_num_threads(2)
         chosen = precisions()
         with exact_arithmetic():
             assert precisions() == ("ieee", "ieee")
             assert torch.get_num_threads() == 1
-        assert precisions() == chosen and chosen[0] == "tf32"
+        assert precisions() == chosen and chosen[0] == "tf32" and torch.get_num_threads() == 2
         assert newer or torch.get_float32_matmul_precision() == "high"
     finally:
+        torch.set_num_threads(threads)
         matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
 
 

@@ -171,7 +171,9 @@ def test_a_cut_off_journal_line_is_no_finished_step(
 def test_ctrl_c_says_how_to_go_on(family: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words(family, "ortho", out)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW.replace("0.02", "0.5"), *words(family, "ortho", out)],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not journal(out) and process.poll() is None:
         time.sleep(0.005)
