@@ -19,8 +19,9 @@ from tests.conftest import add, make_tensors, read_checkpoint, write_checkpoint
 METHODS = ["linear", "ortho"]
 # Slows every finished tensor down, so that a kill falls between two of them and not before or after all.
 SLOW = """
-import sys, time
+import signal, sys, time
 from basiscli.checkpoints.writer import PartialOutput
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 record = PartialOutput.record
 def slow(self, key, entry):
     record(self, key, entry)
