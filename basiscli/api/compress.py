@@ -12,7 +12,7 @@ from typing import Any, Unpack, get_args
 from basiscli.api.settings import OutputOptions
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import resolve
-from basiscli.engine.cluster import EngineOptions, cluster_of
+from basiscli.engine.cluster import cluster_of
 from basiscli.engine.kv_plan import Export, KVPlan, KVSettings, Search, plan_kv
 from basiscli.engine.local import Engine, Progress, Silent, Threads, default_workers
 from basiscli.errors import InputError, UsageError
@@ -29,7 +29,7 @@ class CompressResult:
     report: Report
 
 
-class CompressOptions(OutputOptions, EngineOptions, total=False):
+class CompressOptions(OutputOptions, total=False):
     """What `compress` and `plan_compress` take by name; `compress` documents each."""
 
     kv_ratio: float | None

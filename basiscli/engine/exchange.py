@@ -15,7 +15,8 @@ from basiscli.checkpoints.dtypes import dtype_name
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import write_file
+from basiscli.checkpoints.writer import Shards, write_file
+from basiscli.engine.local import Engine, Threads
 
 _WINDOWS = "windows"
 
@@ -81,13 +82,15 @@ class OnDisk:
         return self.folder / f"{key}.safetensors"
 
 
-def put_windows(exchange: Exchange, windows: Windows) -> None:
-    """Leave the calibration text for tasks, so that not every worker reads and tokenises it."""
+def exchange_of(engine: Engine, output: Shards, windows: Windows) -> Exchange:
+    """Return where an engine's tasks find what others left, and the calibration text: no worker reads it again."""
+    exchange: Exchange = InMemory() if isinstance(engine, Threads) else OnDisk(output.scratch)
     parts = {"ids": windows.ids, "labels": windows.labels, "mask": windows.attention_mask, "counted": windows.counted}
     exchange.put(_WINDOWS, {name: part for name, part in parts.items() if part is not None})
+    return exchange
 
 
 def get_windows(exchange: Exchange) -> Windows:
-    """Return it."""
+    """Return the calibration text."""
     parts = exchange.get(_WINDOWS)
     return Windows(parts["ids"], parts["labels"], parts.get("mask"), "", "", parts.get("counted"))

@@ -20,7 +20,7 @@ from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import Shards
 from basiscli.engine.devices import working_dtype
-from basiscli.engine.exchange import Exchange, InMemory, OnDisk, get_windows, put_windows
+from basiscli.engine.exchange import Exchange, exchange_of, get_windows
 from basiscli.engine.layer_inputs import Inputs
 from basiscli.engine.layerwise import LayerwiseModel
 from basiscli.engine.local import Engine, PartOf, Progress, Task, Threads
@@ -77,8 +77,7 @@ class MomentsRun:
         Raises:
             InputError: a model that cannot be run so, or weights that are missing or give NaN.
         """
-        exchange: Exchange = InMemory() if self._is_local else OnDisk(self.output.scratch)
-        put_windows(exchange, windows)
+        exchange = exchange_of(self.engine, self.output, windows)
         (text,) = self._do([Task("entering", 0, self._workspace(0), (exchange,))], self.enter)
         sizes, layers = text["sizes"], text["layers"]
         # In memory the inputs of as many batches wait to be added as pass side by side; on a disk all may.

@@ -13,7 +13,7 @@ from torch import Tensor
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.writer import Shards
 from basiscli.engine.devices import working_dtype
-from basiscli.engine.exchange import Exchange, InMemory, OnDisk, get_windows, put_windows
+from basiscli.engine.exchange import Exchange, exchange_of, get_windows
 from basiscli.engine.kv_attention import Moments
 from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.local import Engine, PartOf, Progress, Task, Threads
@@ -40,8 +40,7 @@ class KVStatistics:
     def moments(self, windows: Windows) -> dict[str, Tensor]:
         """Return the moments of all windows by name; see `Moments`. They are added in the order of the text."""
         is_local = isinstance(self.engine, Threads)
-        exchange: Exchange = InMemory() if is_local else OnDisk(self.output.scratch)
-        put_windows(exchange, windows)
+        exchange = exchange_of(self.engine, self.output, windows)
         # Threads share the model; --workers says how many windows are to pass it side by side.
         workspace = 0 if is_local else 4 * sum(tensor.count for tensor in self.plan.model.tensors.values())
         parts = [range(first, min(first + _WINDOWS, len(windows))) for first in range(0, len(windows), _WINDOWS)]

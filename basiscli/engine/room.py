@@ -23,10 +23,8 @@ class Room:
         """Wait for so much memory and hold it; False, with nothing held, if the whole run is given up meanwhile."""
         with self._changed:
             self._changed.wait_for(lambda: given_up() or (not self._reserved and self._fits(needed)))
-            if given_up():
-                held = False
-            else:
-                held = True
+            held = not given_up()
+            if held:
                 self._free -= needed
                 self._running += 1
         try:
