@@ -77,6 +77,7 @@ class Shape:
         return [TensorSpec(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
 
 
+SIDES, TOGETHER = (256, 576, 1024, 2048, 4096), (1, 4, 16)  # of symmetric matrices, and how many at a time
 SHAPES = {"7B": Shape(4096, 11_008, 32, 32, 32_000), "tiny": Shape(64, 96, 4, 2, 128)}
 
 
@@ -149,6 +150,25 @@ class Bench:
     def _least(self, do: Callable[[], Any]) -> float:
         do()
         return min(self.timed(do) for _ in range(5))
+
+    def measure_batches(self) -> list[dict[str, Any]]:
+        """Time the eigenvectors of a matrix alone and in batches: what `engine.batches` rests on."""
+        rows = []
+        for side in SIDES if self.shape.hidden > 64 else (16,):
+            noise = torch.randn(max(TOGETHER), side, side, device=self.device, dtype=torch.float64)
+            grams = noise @ noise.mT
+            times: dict[str, float] = {}
+            for count in TOGETHER:
+                expected = count * min(times.values(), default=0.0)
+                if expected > 5 or self.left() < 30:
+                    break
+                torch.linalg.eigh(grams[:count])
+                times[str(count)] = self.timed(lambda n=count, g=grams: torch.linalg.eigh(g[:n])) / count
+            rows.append({"side": side, "seconds_each": times})
+            cells = [f"{1000 * times[str(count)]:.1f} ms" if str(count) in times else "–" for count in TOGETHER]
+            print(f"| {side} | {' | '.join(cells)} |", flush=True)
+            del noise, grams
+        return rows
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -318,7 +338,9 @@ def main() -> None:
         bench = Bench(args, work)
         print(json.dumps(machine(bench.device)) + "\n\n| what | rate |\n|---|---|")
         bench.measure_peaks()
-        decoding: list[dict[str, Any]] = []
+        columns = " | ".join(f"each of {count}" for count in TOGETHER)
+        print(f"\n| eigenvectors of side, float64 | {columns} |\n|---|{'---|' * len(TOGETHER)}")
+        eigenvectors = bench.measure_batches()
         print(
             "\n| context | batch | whole cache | tokens/s, whole | tokens/s, 40 % | ratio |\n|---|---|---|---|---|---|"
         )
@@ -332,7 +354,10 @@ def main() -> None:
         print(f"| making the models | {bench.timed(bench.make_models):.1f} s | | | | | |", flush=True)
         bench.merges()
         bench.inits()
-        result = {"machine": machine(bench.device), "peaks": bench.peaks, "commands": bench.rows, "decoding": decoding}
+        result = {
+            "machine": machine(bench.device), "peaks": bench.peaks, "eigenvectors": eigenvectors,
+            "commands": bench.rows, "decoding": decoding,
+        }  # fmt: skip
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(work)

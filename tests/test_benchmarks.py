@@ -20,6 +20,7 @@ def test_the_gpu_benchmark_measures_everything_that_it_names(tmp_path: Path) -> 
         "merge linear", "merge ties", "merge ortho", "init pissa", "init pissa --exact", "init eva",
     }  # fmt: skip
     assert all(row["seconds"] > 0 and row["of_copies"] > 0 for row in found["commands"])
+    assert all(seconds > 0 for row in found["eigenvectors"] for seconds in row["seconds_each"].values())
     assert [row["batch"] for row in found["decoding"]] == [1, 8, 32]
     assert found["machine"]["device"] and "products, float64, TFLOP/s" in found["peaks"]
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"], "models were left behind"

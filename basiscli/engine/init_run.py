@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from basiscli.checkpoints.tinylora import selectors
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
+from basiscli.engine.batches import in_batches
 from basiscli.engine.copying import copy_tensor
 from basiscli.engine.devices import within_memory
 from basiscli.engine.init_plan import NF4_ROUNDS, InitPlan
@@ -81,15 +82,14 @@ class InitRun:
 
     def _layer_by_layer(self) -> None:
         """Decompose each weight while the moments of its inputs are there."""
-        left = set(self.plan.targets) - set(self.output.finished)
-        if not left:
+        if self.output.finished.keys() >= self.plan.targets.keys():
             self.windows = self._read_windows()  # the report tells of them
             return
         reached = set()
         for moments in self._moments():
             found = [name for name, module in self.plan.targets.items() if module in moments]
             reached |= {*found}
-            tasks = self._tasks([n for n in found if n in left], lambda n, of=moments: of[self.plan.targets[n]])  # type: ignore[misc]
+            tasks = self._tasks(found, lambda name, of=moments: of[self.plan.targets[name]])  # type: ignore[misc]
             near = self._near
             near.run_tasks(tasks, self._decompose, self.output.record, progress=PartOf(self.progress), what="")
         for name in self.plan.targets:
@@ -136,6 +136,7 @@ class InitRun:
             ]
             made: dict[str, dict[str, Any]] = {}
             near = self._near
+            tasks = in_batches(tasks, self._alike, device=self.device, done=())
             near.run_tasks(tasks, self._directions, made.__setitem__, progress=PartOf(self.progress), what="")
             for names in readers.values():
                 offers |= dict.fromkeys(names, (made[names[0]]["rows"], made[names[0]]["scores"]))
@@ -355,7 +356,7 @@ class InitRun:
     def _tasks(self, names: Iterable[str], inputs: Callable[[str], StoredMoments] | None = None) -> list[Task]:
         """Return what the journal does not have; what a weight's `inputs` cost has been counted."""
         plan, tensors = self.plan, self.plan.model.tensors
-        return [
+        tasks = [
             Task(
                 name,
                 0 if inputs else tensors[name].nbytes,
@@ -363,8 +364,15 @@ class InitRun:
                 (name, inputs(name)) if inputs else (name,),
             )
             for name in names
-            if name not in self.output.finished
         ]
+        return in_batches(tasks, self._alike, device=self.device, done=self.output.finished)
+
+    def _alike(self, task: Task) -> Hashable | None:
+        """Return what weights have in common that are decomposed as a batch, or whose inputs are."""
+        plan, name = self.plan, task.key
+        if name not in plan.targets or plan.trains_coefficients:
+            return None
+        return plan.linear_shape(name)[1] if plan.calibration else tuple(sorted(plan.linear_shape(name)))
 
     def _drop_unwritten(self) -> None:
         """Forget what the journal says is finished and the disk does not have: it is done again."""

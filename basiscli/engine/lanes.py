@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ def on_device(device: torch.device | None) -> Iterator[None]:
         return
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         yield
+
+
+def same_lane() -> Callable[[], AbstractContextManager[Any]]:
+    """Return what has other threads compute where this one does: on its GPU, in its stream's order."""
+    if not torch.cuda.is_initialized():
+        return nullcontext
+    stream = torch.cuda.current_stream()
+    return lambda: torch.cuda.stream(stream)
 
 
 @contextmanager

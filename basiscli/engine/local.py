@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from basiscli.engine.room import Room
@@ -29,6 +30,8 @@ class Task:
     """Bytes of memory it needs while it runs."""
     arguments: tuple[Any, ...]
     """What the function that does it takes; plain data where another machine may do it."""
+    members: tuple[Task, ...] = ()
+    """The tasks that this one, then a batch without arguments of its own, does in step."""
 
 
 class Progress(Protocol):
@@ -156,8 +159,10 @@ class Threads:
     ) -> None:
         """Run tasks; see `Engine`.
 
-        A task that runs out of memory runs again when it is alone on its device, and from a GPU then on the CPU.
+        A task that runs out of memory runs again when it is alone on its device, a batch one member after another, and
+        what does not fit a GPU alone is done on the CPU.
         """
+        from basiscli.engine.batches import do_task
         from basiscli.engine.lanes import exact_arithmetic, on_device, room_bytes
 
         queue: Iterator[Task] = iter(largest_first(tasks))
@@ -179,12 +184,15 @@ class Threads:
                         with room.share(task.workspace, lambda: failure is not None) as held:
                             if not held:
                                 return
-                            entry = _unless_out_of_memory(do, task)
-                        if entry is None:
-                            self._say(f"{task.key} ran out of memory and was done again, alone", progress)
+                            entries = _unless_out_of_memory(partial(do_task, do, task))
+                        if entries is None:
+                            parts = task.members or (task,)
+                            beside = f", with {len(parts) - 1} others in a batch," if task.members else ""
+                            self._say(f"{task.key}{beside} ran out of memory and was done again, alone", progress)
                             with room.alone():
-                                entry = self._alone(do, task, progress)
-                        record(task.key, entry)
+                                entries = {part.key: self._alone(do, part, progress) for part in parts}
+                        for key, entry in entries.items():
+                            record(key, entry)
                         progress.advance(task.size)
             except BaseException as error:  # handed to the caller's thread
                 failure = failure or error
@@ -222,7 +230,7 @@ class Threads:
         elsewhere = on_cpu(do)
         if elsewhere is None:
             return do(*task.arguments)
-        entry = _unless_out_of_memory(do, task)
+        entry = _unless_out_of_memory(partial(do, *task.arguments))
         if entry is None:
             free_cached()
             self._say(f"{task.key} does not fit the device's memory and was done on the CPU", progress)
@@ -234,15 +242,15 @@ class Threads:
         self.notes.append(text)
 
 
-def _unless_out_of_memory(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, Any] | None:
-    """Do a task; None where its device's memory did not suffice.
+def _unless_out_of_memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what this does; None where its device's memory did not suffice.
 
     The error ends here, and with it all that its frames hold.
     """
     from basiscli.engine.devices import ran_out_of_memory
 
     try:
-        return do(*task.arguments)
+        return do()
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise

@@ -278,8 +278,7 @@ def workspace(plan: MergePlan, name: str, block: int = BLOCK_ELEMENTS) -> int:
     """Return the bytes of memory that the work on one tensor takes, at most, in blocks of so many elements."""
     tensor = plan.reference.tensors[name]
     count, models = tensor.count, len(plan.models)
-    is_matrix = kind_by_name(tensor) in {Kind.LINEAR, None}
-    if plan.two_passes and is_matrix and any(not _stays_low_rank(model, name) for model in plan.models):
+    if is_decomposed(plan, name):
         side = min(tensor.shape) if len(tensor.shape) == 2 else 0
         # S, T, U and the result in float32; SᵀS, its eigenvectors and LAPACK's workspace in float64.
         return 16 * count + 6 * 8 * side * side
@@ -291,6 +290,12 @@ def workspace(plan: MergePlan, name: str, block: int = BLOCK_ELEMENTS) -> int:
     kept = kept_bytes(plan, name)
     # A method's own steps make about as much again; what ranks or measures, int64 keys and masks beside them.
     return (kept if kept <= KEPT_BYTES else 0) + 4 * elements * (2 * models + (4 if plan.method.measure is None else 8))
+
+
+def is_decomposed(plan: MergePlan, name: str) -> bool:
+    """Return whether the method decomposes a tensor's task vectors as whole matrices, as far as names tell."""
+    is_matrix = kind_by_name(plan.reference.tensors[name]) in {Kind.LINEAR, None}
+    return plan.two_passes and is_matrix and any(not _stays_low_rank(model, name) for model in plan.models)
 
 
 def kept_bytes(plan: MergePlan, name: str) -> int:

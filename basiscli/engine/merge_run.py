@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +20,10 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
+from basiscli.engine.batches import in_batches
 from basiscli.engine.devices import within_memory
 from basiscli.engine.local import Engine, Progress, Task
-from basiscli.engine.merge_plan import MergePlan, block_elements, factor_keys, workspace
+from basiscli.engine.merge_plan import MergePlan, block_elements, factor_keys, is_decomposed, workspace
 from basiscli.engine.tensor_reader import TensorReader, is_finite
 from basiscli.errors import BasisError, InputError
 from basiscli.linalg.lowrank import LowRank, gram, inner
@@ -102,11 +103,19 @@ class MergeRun:
     ) -> list[Task]:
         """Return what the journal does not have; `further` arguments follow each tensor's name."""
         tensors, block = self.plan.reference.tensors, block_elements(self.device.type)
-        return [
-            Task(key, tensors[name].nbytes, workspace(self.plan, name, block), (name, *further(name)))
+        tasks = [
+            Task(f"{stage}:{name}", tensors[name].nbytes, workspace(self.plan, name, block), (name, *further(name)))
             for name in names
-            if (key := f"{stage}:{name}") not in self.output.finished
         ]
+        return in_batches(tasks, self._alike, device=self.device, done=self.output.finished)
+
+    def _alike(self, task: Task) -> Hashable | None:
+        """Return what tensors have in common whose task vectors are decomposed as a batch."""
+        name = task.arguments[0]
+        decomposed = task.key.startswith(MERGE) and is_decomposed(self.plan, name)
+        if not decomposed or self._task_vector_merge.elementwise(self.kinds.by_name[name]):
+            return None
+        return tuple(sorted(self.plan.reference.tensors[name].shape))
 
     def _merged(self, name: str) -> tuple[str | None, float]:
         """Return what the second pass takes of the first: a tensor's merged task vector (None for zero), the scale."""

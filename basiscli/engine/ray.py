@@ -24,6 +24,7 @@ import torch
 from ray import ObjectRef, exceptions
 
 from basiscli.checkpoints.writer import Shards
+from basiscli.engine.batches import do_task
 from basiscli.engine.cluster import Cluster
 from basiscli.engine.local import Progress, Silent, Task, Threads, default_workers, largest_first
 from basiscli.engine.partial import Plan
@@ -113,13 +114,14 @@ class RayEngine:
                     running[self._submit(job, do.__name__, task)] = task
                 for ref in ray.wait(list(running), timeout=None)[0]:
                     task = running.pop(ref)
-                    entry = self._entry(ref, task)
-                    if entry is None:
+                    entries = self._entries(ref, task)
+                    if entries is None:
                         waiting.appendleft(task)
                         progress.note(f"workers lost: {self.lost.total()}")
-                    else:
-                        record(task.key, entry)
-                        progress.advance(task.size)
+                        continue
+                    for key, entry in entries.items():
+                        record(key, entry)
+                    progress.advance(task.size)
         except BaseException:
             _cancel(list(running))
             raise
@@ -144,12 +146,12 @@ class RayEngine:
         options: dict[str, Any] = {"memory": min(task.workspace + _PROCESS_BYTES, room)}
         if self.device.type == "cuda":
             options["num_gpus"] = 1
-        return _REMOTE.options(name=task.key, **options).remote(job, method, task.arguments)
+        return _REMOTE.options(name=task.key, **options).remote(job, method, task)
 
-    def _entry(self, ref: ObjectRef, task: Task) -> dict[str, Any] | None:
-        """Return a task's entry, or None if its worker was lost and it may be tried again."""
+    def _entries(self, ref: ObjectRef, task: Task) -> dict[str, dict[str, Any]] | None:
+        """Return what the journal is to hold of a task, or None if its worker was lost and it may be tried again."""
         try:
-            entry: dict[str, Any] = ray.get(ref)
+            entries: dict[str, dict[str, Any]] = ray.get(ref)
         except _LOST as error:
             self.lost[task.key] += 1
             if self.lost[task.key] <= RETRIES:
@@ -167,7 +169,7 @@ class RayEngine:
                 f"the Ray cluster failed: {str(error).splitlines()[0]}",
                 remedy="mend it; the same command goes on where this one stopped",
             ) from error
-        return entry
+        return entries
 
 
 # On a worker ----------------------------------------------------------------------------------------------------------
@@ -187,12 +189,12 @@ class _Part:
 _part: _Part | None = None
 
 
-def _do(job: Job, method: str, arguments: Sequence[Any]) -> dict[str, Any]:
+def _do(job: Job, method: str, task: Task) -> dict[str, dict[str, Any]]:
     """Do one task of a job."""
     run = _run_of(job)
-    entry: dict[str, Any] = getattr(run, method)(*arguments)
+    entries = do_task(getattr(run, method), task)
     run.output.sync()
-    return entry
+    return entries
 
 
 _REMOTE = ray.remote(num_cpus=1, max_retries=0)(_do)  # `RayEngine` gives tasks of lost workers to others

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from basiscli.linalg.eigen import eigh
+
 
 def cayley(free: Tensor) -> Tensor:
     """Return the orthogonal matrices `(I − A/2)⁻¹ (I + A/2)` of A = X − Xᵀ.
@@ -40,7 +42,7 @@ def principal_axes(moments: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Orthogonal U [..., d, d] with one axis a column, and the energy of each [..., d], both float64.
     """
-    energy, axes = torch.linalg.eigh(moments.double())
+    energy, axes = eigh(moments.double())
     return signed(axes.flip(-1)), energy.flip(-1).clamp_min(0)
 
 

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from basiscli.linalg.eigen import eigh
 from basiscli.linalg.lowrank import LowRank
 
 _BLOCK_ELEMENTS = 1 << 22  # rows of the long side handled at a time: 16 MB in float32
@@ -88,7 +89,7 @@ def _add_tall(merged: Tensor, update: Tensor, alpha: float, noise: float) -> tup
     rows, n = merged.shape
     step = max(1, _BLOCK_ELEMENTS // max(n, 1))
     blocks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-    squares, vectors = torch.linalg.eigh(_lower_gram(merged, blocks))
+    squares, vectors = eigh(_lower_gram(merged, blocks))
     sigma = squares.flip(0).clamp_min_(0.0).sqrt_()
     sigma = sigma[: _count_directions(sigma, noise)]
     if sigma.numel() == 0:

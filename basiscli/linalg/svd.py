@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from basiscli.linalg.eigen import eigh
 from basiscli.linalg.orthogonal import principal_axes, signed
 
 TOLERANCE = 3e-3
@@ -63,7 +64,7 @@ def exact_svd(weight: Tensor, rank: int, *, largest: bool = True) -> tuple[Tenso
         u, s, vh = exact_svd(weight.mT, rank, largest=largest)
         return vh.mT.contiguous(), s, u.mT.contiguous()
     wide = weight.double()
-    _, vectors = torch.linalg.eigh(wide.mT @ wide)
+    _, vectors = eigh(wide.mT @ wide)
     v = (vectors[:, -rank:] if largest else vectors[:, :rank]).flip(-1)
     projected = wide @ v
     s = projected.norm(dim=0)
@@ -114,7 +115,7 @@ def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERAN
 def _best_within(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular vectors of W within the span of an orthonormal Q [m, k], given Wᵀ Q."""
     small = right.mT.double()
-    _, vectors = torch.linalg.eigh(small @ small.mT)
+    _, vectors = eigh(small @ small.mT)
     within = vectors[:, -rank:].flip(-1)
     projected = within.mT @ small
     s = projected.norm(dim=1)

@@ -16,11 +16,14 @@ import torch
 
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL, PartialOutput
+from basiscli.engine import batches
+from basiscli.engine.local import Task
 from basiscli.errors import InputError, ResourceError
 from basiscli.registry import Registry
-from tests.conftest import add, basis_process, make_tensors, write_checkpoint
+from tests.conftest import add, basis_process, make_tensors, read_checkpoint, write_checkpoint
 
 pytest.importorskip("ray")
+from basiscli.engine.ray import Job, RayEngine  # after the line that skips all this without ray
 
 # A method that takes its time, tells who works on what, and may end its own process or fail.
 PLUGIN = """
@@ -89,6 +92,28 @@ def test_adapters_come_out_as_they_do_here(family: dict[str, Path], tmp_path: Pa
         return basiscli.extract(family["a"], base=family["base"], output=out, **size, **options).path
 
     assert weights(make(tmp_path / "there", engine="ray")) == weights(make(tmp_path / "here"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_batches_are_tasks_of_their_own(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for GPUs: what the driver puts together, one worker does."""
+    monkeypatch.setattr(batches, "_BATCHING", frozenset({"cpu"}))
+    sent: list[list[str]] = []
+    submit = RayEngine._submit
+
+    def noting(self: RayEngine, job: Job, method: str, task: Task) -> Any:
+        sent.append([member.key.rpartition("mlp.")[2] for member in task.members])
+        return submit(self, job, method, task)
+
+    monkeypatch.setattr(RayEngine, "_submit", noting)
+    models, options = [family["a"], family["b"]], {"method": "ortho", "base": family["base"]}
+    here = basiscli.merge(models, output=tmp_path / "here", **options)
+    there = basiscli.merge(models, output=tmp_path / "there", engine="ray", **options)
+    assert ["down_proj.weight", "up_proj.weight"] in sent
+    torch.testing.assert_close(read_checkpoint(there.path), read_checkpoint(here.path))
+    assert [t.name for t in there.report.tensors] == [t.name for t in here.report.tensors]
 
 
 @pytest.mark.usefixtures("cluster")
