@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from basiscli.api.settings import OutputOptions, run_settings
-from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.source import ADAPTER, RESIDUAL, Source, resolve
 from basiscli.engine.cluster import Cluster, cluster_of, device_of, engine_of
-from basiscli.engine.init_plan import (
-    ADAPTER,
-    DEFAULT_LENGTH,
-    DEFAULT_TOKENS,
-    RESIDUAL,
-    Calibration,
-    InitPlan,
-)
+from basiscli.engine.init_plan import DEFAULT_LENGTH, DEFAULT_TOKENS, Calibration, InitPlan
 from basiscli.engine.init_plan import plan_init as _plan
 from basiscli.engine.init_targets import ALL_LINEAR
 from basiscli.engine.local import Progress, Silent

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.api.verify import verify
-from basiscli.checkpoints.source import ADAPTER_CONFIG, is_hub_id, read_json
+from basiscli.checkpoints.source import ADAPTER, is_hub_id, models_in, read_json
 from basiscli.checkpoints.writer import JOURNAL
-from basiscli.engine.init_plan import ADAPTER, RESIDUAL
 from basiscli.engine.local import Progress, Silent
 from basiscli.errors import InputError, UsageError
 from basiscli.hub import Pushed, check_login, upload
@@ -83,7 +82,7 @@ def push(
     place, shown = Path(folder).expanduser().resolve(), progress or Silent()
     files, left_out = _files(place)
     check_login(repo_id)
-    checks = [verify(part, progress=shown) for part in _parts(place)]
+    check = verify(place, progress=shown)
     report = read_report(place)
     done: Pushed = upload(
         files,
@@ -103,7 +102,7 @@ def push(
         pull_request=done.pull_request,
         files=sorted(files),
         bytes=sum(file.stat().st_size for file in files.values()),
-        checked_digests=all(check.checked_digests for check in checks),
+        checked_digests=check.checked_digests,
         left_out=left_out,
         removed=done.removed,
     )
@@ -126,12 +125,6 @@ def parse_target(target: str, revision: str | None = None, *, create_pr: bool = 
     return repo_id, branch
 
 
-def _parts(place: Path) -> list[Path]:
-    """Return the models in a folder: the folder itself, or the two that `basis init` wrote into it."""
-    parts = [place / name for name in (ADAPTER, RESIDUAL)]
-    return [part for part in parts if part.is_dir()] if (parts[0] / ADAPTER_CONFIG).is_file() else [place]
-
-
 def _files(place: Path) -> tuple[dict[str, Path], list[str]]:
     """Return the files to push by their names in the repository, and the names of those that are left out.
 
@@ -149,7 +142,7 @@ def _files(place: Path) -> tuple[dict[str, Path], list[str]]:
         )
     files: dict[str, Path] = {}
     left_out = []
-    code = _exported_code(_parts(place))
+    code = _exported_code(models_in(place))
     for file in sorted(place.rglob("*")):
         name = file.relative_to(place).as_posix()
         if file.is_symlink():
@@ -164,7 +157,7 @@ def _files(place: Path) -> tuple[dict[str, Path], list[str]]:
             files[name] = file
         else:
             left_out.append(name)
-    if (place / ADAPTER) in _parts(place):  # the Hub shows the card at the top; init writes it beside the adapter
+    if (place / ADAPTER) in models_in(place):  # the Hub shows the card at the top; init writes it beside the adapter
         files = _card_of(place / ADAPTER) | files
     return files, left_out
 

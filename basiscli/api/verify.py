@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.digests import file_digest, stored_digest, weights_digest
+from basiscli.checkpoints.header import StoredTensor
 from basiscli.checkpoints.kv_file import BASES_FILE, CONFIG_FILE, read_kv_config
-from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.source import Source, models_in, resolve
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import REPORT
@@ -38,7 +40,7 @@ def verify(model: str | Path, *, progress: Progress | None = None) -> Verificati
     """Check a model's files.
 
     Args:
-        model: folder, weights file, Hub id or LoRA adapter.
+        model: folder, weights file, Hub id or LoRA adapter; what `init` made, with the adapter and the residual in it.
         progress: what to tell how far the work is.
 
     Raises:
@@ -46,14 +48,16 @@ def verify(model: str | Path, *, progress: Progress | None = None) -> Verificati
             bytes are not those that the report says were written.
     """
     source = resolve(str(model))
-    checkpoint = _weights(source)
+    tensors: dict[str, StoredTensor] = {}
+    for path in models_in(source.path):
+        tensors |= _weights(replace(source, path=path)).tensors
     report = read_report(source.folder)
     if report is None:
-        return Verification(source.path, len(checkpoint.tensors), checked_digests=False, weights_digest=None)
-    found = _check_digests(checkpoint, report, progress or Silent())
+        return Verification(source.path, len(tensors), checked_digests=False, weights_digest=None)
+    found = _check_digests(source.folder, tensors, report, progress or Silent())
     if report.kv is not None:
         _check_bases(source.folder, report.kv)
-    return Verification(source.path, len(checkpoint.tensors), checked_digests=True, weights_digest=found)
+    return Verification(source.path, len(tensors), checked_digests=True, weights_digest=found)
 
 
 def _weights(source: Source) -> Checkpoint:
@@ -72,18 +76,17 @@ def _check_bases(folder: Path, record: KVRecord) -> None:
         raise InputError("the ranks are not those of the report", file=folder / CONFIG_FILE, remedy=again)
 
 
-def _check_digests(checkpoint: Checkpoint, report: Report, progress: Progress) -> str:
-    folder = checkpoint.source.folder
+def _check_digests(folder: Path, tensors: Mapping[str, StoredTensor], report: Report, progress: Progress) -> str:
     recorded = {tensor.name: tensor for tensor in report.tensors}
-    for name in sorted(recorded.keys() ^ checkpoint.tensors.keys()):
+    for name in sorted(recorded.keys() ^ tensors.keys()):
         what = (
             "is in the report and not in the weights" if name in recorded else "is in the weights and not in the report"
         )
         raise InputError(f"the tensor {what}", file=folder, tensor=name, remedy="make or download the model again")
-    progress.start("verify", len(recorded), sum(t.nbytes for t in checkpoint.tensors.values()))
+    progress.start("verify", len(recorded), sum(t.nbytes for t in tensors.values()))
     digests = {}
     try:
-        for name, stored in checkpoint.tensors.items():
+        for name, stored in tensors.items():
             digests[name] = stored_digest(stored)
             record = recorded[name]
             if (digests[name], stored.dtype, stored.shape) != (record.sha256, record.dtype, record.shape):
@@ -96,4 +99,4 @@ def _check_digests(checkpoint: Checkpoint, report: Report, progress: Progress) -
             progress.advance(stored.nbytes)
     finally:
         progress.stop()
-    return weights_digest(checkpoint.tensors.values(), digests)
+    return weights_digest(tensors.values(), digests)

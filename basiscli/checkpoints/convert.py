@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from basiscli.checkpoints.cache import cache_folder, made_once
-from basiscli.checkpoints.source import Source, read_json
+from basiscli.checkpoints.source import Source, models_in, read_json
 from basiscli.errors import BasisError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -88,9 +88,15 @@ def _foreign_files(path: Path) -> list[Path]:
         raise InputError(
             "no weights here: no .safetensors, pytorch_model.bin or .gguf",
             file=path,
-            remedy="give the folder of a checkpoint or an adapter",
+            remedy=_give(path),
         )
     return [path / name for name in names]
+
+
+def _give(folder: Path) -> str:
+    """Return what to give instead of a folder without weights."""
+    parts = [str(part) for part in models_in(folder) if part != folder]
+    return f"give {' or '.join(parts)}" if parts else "give the folder of a checkpoint or an adapter"
 
 
 def _convert_pickles(files: list[Path], out: Path) -> None:

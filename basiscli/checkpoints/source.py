@@ -13,6 +13,8 @@ from basiscli.errors import HubError, InputError
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER, RESIDUAL = "adapter", "residual"
+"""The two models in a folder that `basis init` made."""
 _MOST_JSON = 200_000_000  # an index of a million tensors; more would only fill the memory
 
 
@@ -125,6 +127,13 @@ def resolve(spec: str, *, headers_only: bool = False) -> Source:
 
     folder, commit = pull(match["repo"], match["revision"])
     return Source(spec, folder, match["repo"], commit)
+
+
+def models_in(folder: Path) -> list[Path]:
+    """Return the models that an output holds: the folder itself, or the adapter and the residual in it."""
+    if (folder / "config.json").is_file() or not (folder / ADAPTER / ADAPTER_CONFIG).is_file():
+        return [folder]
+    return [part for part in (folder / ADAPTER, folder / RESIDUAL) if part.is_dir()]
 
 
 def resolve_base(named: str, namer: Source, *, headers_only: bool = False) -> Source:

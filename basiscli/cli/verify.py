@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    folder: Annotated[str, typer.Argument(help="A checkpoint or adapter.")] = ".",
+    folder: Annotated[str, typer.Argument(help="A checkpoint or adapter, or both as `init` made them.")] = ".",
     progress: options.Progress = ProgressStyle.BAR,
     json: options.Json = False,
     quiet: options.Quiet = False,

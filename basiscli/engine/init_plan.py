@@ -16,7 +16,7 @@ from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.nola import coefficient_counts
-from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.source import ADAPTER, RESIDUAL, Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.init_targets import find_targets, in_model_order
 from basiscli.engine.local import peak_workspace
@@ -27,7 +27,6 @@ from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key
 from basiscli.transforms import Method
 
-ADAPTER, RESIDUAL = "adapter", "residual"
 DEFAULT_RANK = 16
 DEFAULT_TOKENS, DEFAULT_LENGTH = 16384, 512
 NF4: Final = "nf4"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from basiscli.engine.init_plan import ADAPTER, RESIDUAL, InitPlan
+from basiscli.checkpoints.source import ADAPTER, RESIDUAL
+from basiscli.engine.init_plan import InitPlan
 from basiscli.reports.card import card, metadata_of
 from basiscli.reports.figures import rank_grid
 from basiscli.reports.plots import svg

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.digests import weights_digest
 from basiscli.checkpoints.nola import nola_config
-from basiscli.checkpoints.source import is_hub_id
+from basiscli.checkpoints.source import RESIDUAL, is_hub_id
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.init_plan import RESIDUAL, InitPlan
+from basiscli.engine.init_plan import InitPlan
 from basiscli.engine.init_run import InitRun
 from basiscli.names import natural_key
 from basiscli.reports.facts import checkpoint_record, common_license, peak_memory_bytes, unchanged, versions

@@ -687,13 +687,31 @@ def test_both_parts_verify_and_show_what_they_are(tuned: Path, tmp_path: Path, b
     assert basis("verify", result.adapter).exit_code == 3
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_the_folder_around_both_parts_is_no_model(model: Path, tmp_path: Path, basis: Basis, command: str) -> None:
-    basiscli.init(model, rank=4, output=tmp_path / "out")
-    shown = basis(command, tmp_path / "out")
+def test_the_folder_around_both_parts_is_no_model(model: Path, tmp_path: Path, basis: Basis) -> None:
+    out = tmp_path / "out"
+    basiscli.init(model, rank=4, output=out)
+    shown = basis("inspect", out)
     assert shown.exit_code == 3
     assert "no weights here" in shown.stderr
-    assert "give the folder of a checkpoint or an adapter" in shown.stderr
+    assert f"give {out}/adapter or {out}/residual" in shown.stderr.replace("\n", " ")
+
+
+def test_both_parts_are_verified_at_once(model: Path, tmp_path: Path, basis: Basis) -> None:
+    result = basiscli.init(model, rank=4, output=tmp_path / "out")
+    assert result.residual is not None
+    found = basiscli.verify(result.path)
+    assert found.checked_digests and found.weights_digest == result.report.weights_digest
+    parts = [basiscli.verify(part) for part in (result.adapter, result.residual)]
+    assert found.tensors == sum(part.tensors for part in parts)
+    for part, name in ((result.residual, "model"), (result.adapter, "adapter_model")):
+        file = part / f"{name}.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        shown = basis("verify", result.path)
+        assert shown.exit_code == 3 and file.name in shown.stderr.replace("\n", "")
+        file.write_bytes(whole)
+    file.unlink()
+    assert basis("verify", result.path).exit_code == 3
 
 
 def test_the_pair_is_found_again_after_moving(tuned: Path, tmp_path: Path) -> None:
