@@ -17,7 +17,7 @@ from typer.testing import Result
 
 import basiscli
 from basiscli import NolaConfig
-from basiscli.linalg.nola import packed
+from basiscli.checkpoints.packing import packed
 from tests.conftest import snapshot
 from tests.init_models import IDS, Make, answer, gpt2, llama, load, off, quiet_peft, save, with_peft
 

@@ -18,8 +18,9 @@ from typer.testing import Result
 
 import basiscli
 from basiscli.calibration.tokens import read_windows
+from basiscli.checkpoints.packing import packed, rounding_variance, unpacked
 from basiscli.linalg.lowrank import LowRank
-from basiscli.linalg.nola import factor_bases, packed, rounding_variance, unpacked
+from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.nola_fit import fit, share_held
 from tests import kv_models
 from tests.conftest import snapshot

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.header import StoredTensor
+from basiscli.checkpoints.packing import unpacked
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
@@ -142,7 +143,7 @@ class NolaFactors:
             return self.stored.read(name, rows)
         import torch
 
-        from basiscli.linalg.nola import factor_bases, unpacked
+        from basiscli.linalg.nola import factor_bases
 
         module, stored, in_features, out_features = self._coefficients[name]
         bases = factor_bases(

@@ -12,6 +12,7 @@ from basiscli.checkpoints.architecture import loaded_names
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.nola import PREFIX, coefficient_counts, is_nola
+from basiscli.checkpoints.packing import stored_form
 from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, resolve, resolve_base
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.merge_plan import ADAPTER_FILE
@@ -20,7 +21,6 @@ from basiscli.engine.partial import fingerprint_of
 from basiscli.errors import InputError, UsageError
 
 BITS = (4, 8, 16)
-_BLOCK = 64  # coefficients that share a scale of two bytes, below 16 bits
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class NolaPlan:
     def specs(self, module: NolaModule) -> list[TensorSpec]:
         """Return what is stored of a module."""
         return [
-            TensorSpec(f"{PREFIX}{module.name}.nola_{factor}", *_stored(count, self.bits))
+            TensorSpec(f"{PREFIX}{module.name}.nola_{factor}", *stored_form(count, self.bits))
             for factor, count in zip("ab", self.counts(module), strict=True)
         ]
 
@@ -206,14 +206,6 @@ def _on_base(adapter: Adapter, given: str | None) -> tuple[Checkpoint, list[Nola
 def _sizes(adapter: Adapter, module: str) -> tuple[int, int]:
     factors, tensors = adapter.modules[module], adapter.weights.tensors
     return tensors[factors.a].shape[1], tensors[factors.b].shape[0]
-
-
-def _stored(count: int, bits: int) -> tuple[str, tuple[int]]:
-    """Return dtype and shape of so many coefficients; see `linalg.nola.packed`."""
-    if bits == 16:
-        return "F16", (count,)
-    codes = count if bits == 8 or count == 1 else -(-count // 2)
-    return "U8", (2 * -(-count // _BLOCK) + codes,)
 
 
 def _notes(plan: NolaPlan) -> Iterable[str]:

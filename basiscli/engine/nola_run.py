@@ -14,6 +14,7 @@ from torch import Tensor
 
 from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
+from basiscli.checkpoints.packing import packed, rounding_variance, unpacked
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine.devices import within_memory, working_dtype
 from basiscli.engine.input_moments import Modules, MomentsRun
@@ -23,7 +24,7 @@ from basiscli.engine.nola_plan import NolaModule, NolaPlan
 from basiscli.engine.tensor_reader import is_finite
 from basiscli.errors import GateFailed, InputError
 from basiscli.linalg.lowrank import LowRank
-from basiscli.linalg.nola import factor_bases, packed, rounding_variance, unpacked
+from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.nola_fit import fit, share_held
 from basiscli.linalg.randbasis import RandomBases
 from basiscli.runtime.load import load_tokenizer, load_weights

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from basiscli.checkpoints.nola import features_of, note_features
-from basiscli.linalg.nola import factor_bases, start_of, unpacked
+from basiscli.checkpoints.packing import unpacked
+from basiscli.linalg.nola import factor_bases, start_of
 from basiscli.linalg.randbasis import RandomBases
 
 _NAME = "NOLA"

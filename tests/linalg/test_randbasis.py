@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from basiscli.linalg.nola import factor_bases, packed, seed_name, start_of, unpacked
+from basiscli.checkpoints.packing import packed, stored_form, unpacked
+from basiscli.linalg.nola import factor_bases, seed_name, start_of
 from basiscli.linalg.randbasis import RandomBases, philox4x32, stream_key, uniform
 
 # Random123, tests/kat_vectors, the lines `philox4x32 10`: counter, key, output.
@@ -161,6 +162,7 @@ def test_bases_are_named_alike_however_a_model_is_loaded(names: list[str], expec
 def test_coefficients_in_few_bits(count: int, bits: int, most: int) -> None:
     values = torch.randn(count, generator=torch.Generator().manual_seed(count)) * 3
     stored = packed(values, bits)
+    assert stored_form(count, bits) == ("U8", tuple(stored.shape))
     assert stored.dtype == torch.uint8
     blocks = -(-count // 64)
     assert len(stored) == 2 * blocks + (count if bits == 8 or count == 1 else -(-count // 2))

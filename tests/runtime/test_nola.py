@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from basiscli import NolaConfig
-from basiscli.linalg.nola import factor_bases, packed
+from basiscli.checkpoints.packing import packed
+from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.randbasis import RandomBases
 from basiscli.runtime.nola import NolaLayer, combination
 from tests.init_models import IDS, answer, gpt2, llama, off, quiet_peft
