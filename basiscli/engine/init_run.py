@@ -194,8 +194,9 @@ class InitRun:
     @property
     def _near(self) -> Engine:
         """What does tasks that hand tensors on: on a GPU one thread, since streams do not wait for each other."""
-        on_gpu = self.plan.settings.cluster is None and self.device.type == "cuda"
-        return Threads(1) if on_gpu else self.engine
+        if isinstance(self.engine, Threads) and self.device.type == "cuda":
+            return Threads(1, notes=self.engine.notes)
+        return self.engine
 
     def _read_windows(self) -> Windows:
         given, model = self.plan.calibration, self.plan.model
