@@ -170,9 +170,10 @@ def _show_plan(out: Output, plan: MergePlan) -> None:
     out.line()
     for note in plan.notes:
         out.line(f"note: {note}")
+    workers = f"{plan.settings.workers} worker{'' if plan.settings.workers == 1 else 's'}"
     scratch = f", scratch {format_size(plan.scratch_bytes)}" if plan.scratch_bytes else ""
     out.line(
         f"read {format_size(plan.read_bytes)}, write {format_size(plan.write_bytes)}{scratch}, "
-        f"memory for tensors at most {format_size(plan.peak_bytes)} with {plan.settings.workers} workers"
+        f"memory for tensors at most {format_size(plan.peak_bytes)} with {workers}"
     )
     out.line(merge_price(plan).sentence())

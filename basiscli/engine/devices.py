@@ -13,8 +13,6 @@ from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.header import TensorSpec, commonest_dtype
 from basiscli.errors import ResourceError
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
 
 def choose_device(wish: str) -> torch.device:
     """Return the device for 'auto' or a device's name.
@@ -45,16 +43,16 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
-def free_at_once() -> None:
-    """Have freed tensors go back to the system, for the rest of the process, where the C library can be told to.
+def give_back_memory() -> None:
+    """Have what was freed go back to the system, where the C library can be told to.
 
-    glibc keeps freed blocks of up to 32 MB below others that are in use: after a few layers of a model that streams
-    through, hundreds of megabytes. Its threshold for mappings of their own rises as blocks are freed, from 128 kB; here
-    it stays there.
+    glibc keeps freed blocks of up to 32 MB that lie below others in use: after a few layers of a model that streams
+    through, hundreds of megabytes. Within a layer that is what makes it fast, since pages of a new block cost more than
+    most of what is done with them.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.architecture import loaded_names
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import free_at_once, ran_out_of_memory
+from basiscli.engine.devices import give_back_memory, ran_out_of_memory
 from basiscli.engine.layer_inputs import Collector, Enough, Inputs
 from basiscli.errors import InputError
 
@@ -63,7 +63,6 @@ class LayerwiseModel:
     """Holds this thread's collector."""
 
     def __post_init__(self) -> None:
-        free_at_once()
         self.model = empty_model(self.checkpoint, self.dtype)
         names = loaded_names(self.checkpoint, self.checkpoint.tensors)
         self._stored = {_modern(loaded): stored for stored, loaded in names.items()}
@@ -128,6 +127,7 @@ class LayerwiseModel:
                 if parameter.device != _META:
                     setattr(module, leaf, nn.Parameter(parameter.to(_META), requires_grad=False))
         self._held = None
+        give_back_memory()
 
     def _record(self, batch: Windows) -> tuple[Tensor, LayerArguments]:
         """Return the hidden states before the first layer, and each layer's other arguments."""

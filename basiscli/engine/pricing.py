@@ -18,8 +18,10 @@ from basiscli.engine.init_plan import InitPlan
 from basiscli.engine.merge_plan import MergePlan, Settings, workspace
 from basiscli.engine.rates import MEASURED, Rates
 from basiscli.names import format_size
+from basiscli.transforms import DataInit
 
 _EIGEN = 9  # operations of a symmetric eigendecomposition with vectors, in n³
+_SMALL_MOMENT = 1024  # up to here `SVD.axes` takes all eigenvectors
 _KRYLOV_BLOCKS = 8  # of rank + 8 columns each: what `fast_svd` needs on weights of language models, about
 
 
@@ -129,11 +131,20 @@ def _from_data(plan: InitPlan, rates: Rates, read: int) -> Price:
     parameters = sum(t.count for t in plan.model.tensors.values() if kind_by_name(t) is not Kind.EMBEDDING)
     # q, k and v, and gate and up, see the same inputs: about every second weight needs a moment of its own.
     forward = plan.calibration.tokens * (2.0 * parameters + sum(2.0 * width**2 for width in inputs) / 2)
-    axes = sum(_fast_svd((width, width), plan.rank) for width in inputs) / 2
-    seconds = (read + plan.expected_bytes) / rates.copy_bytes + forward / rates.forward_flops + axes / rates.fast_flops
+    if plan.method.shares_ranks:  # of each input's moment as many axes as are offered for sharing out
+        method: DataInit = plan.method.implementation(plan.values)
+        sides, share = [(width, width) for width in inputs], 0.5
+        count = method.offered(plan.rank)
+    else:  # every weight times its inputs' covariance
+        sides, share, count = [plan.linear_shape(name) for name in plan.targets], 1.0, plan.rank
+    exact = [plan.exact or (plan.method.shares_ranks and side[0] <= _SMALL_MOMENT) for side in sides]
+    slow = share * sum(_exact_svd(side, count) for side, is_exact in zip(sides, exact, strict=True) if is_exact)
+    fast = share * sum(_fast_svd(side, count) for side, is_exact in zip(sides, exact, strict=True) if not is_exact)
+    seconds = (read + plan.expected_bytes) / rates.copy_bytes + forward / rates.forward_flops
+    seconds += slow / rates.exact_flops + fast / rates.fast_flops
     workers = plan.settings.workers
     fetched = _to_download([plan.model])
-    return Price(read, plan.expected_bytes, forward + axes, seconds / workers, workers, rates.machine, fetched)
+    return Price(read, plan.expected_bytes, forward + slow + fast, seconds / workers, workers, rates.machine, fetched)
 
 
 def _to_download(checkpoints: Iterable[Checkpoint | None]) -> int:

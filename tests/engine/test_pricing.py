@@ -100,6 +100,19 @@ def test_operations_of_ortho_and_pissa_by_hand(tmp_path: Path) -> None:
     assert init_price(fast).seconds < init_price(exact).seconds
 
 
+@pytest.mark.parametrize(("method", "exact"), [("eva", False), ("corda", True)])
+def test_operations_of_calibration_by_hand(tmp_path: Path, method: str, exact: bool) -> None:
+    """EVA offers twice the rank, and takes all eigenvectors of a moment of this size; CorDA decomposes the weight."""
+    m, n, rank, tokens = 4096, 1024, 16, 2048
+    model = headers(tmp_path / "model", {"model.layers.0.mlp.up_proj.weight": (m, n)})
+    plan = basiscli.plan_init(
+        model, method=method, rank=rank, exact=exact, tokens=tokens, output=tmp_path / "out", headers_only=True
+    )
+    products = tokens * (2 * m * n + n**2)  # of two inputs one is a moment of its own
+    vectors = (11 * n**3 + 4 * n**2 * rank) / 2 if method == "eva" else 2 * m * n**2 + 9 * n**3 + 2 * m * n * rank
+    assert math.isclose(init_price(plan).flops, products + vectors)
+
+
 def test_more_workers_take_less_time(family: dict[str, Path], tmp_path: Path) -> None:
     times = []
     for workers in (1, 4):
