@@ -13,6 +13,8 @@ from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.header import TensorSpec, commonest_dtype
 from basiscli.errors import ResourceError
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
 
 def choose_device(wish: str) -> torch.device:
     """Return the device for 'auto' or a device's name.
@@ -43,16 +45,25 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
-def give_back_memory() -> None:
-    """Have what was freed go back to the system, where the C library can be told to.
+def keep_small_blocks() -> None:
+    """Have freed tensors of more than 8 MB go back to the system at once, for the rest of the process.
 
-    glibc keeps freed blocks of up to 32 MB that lie below others in use: after a few layers of a model that streams
-    through, hundreds of megabytes. Within a layer that is what makes it fast, since pages of a new block cost more than
-    most of what is done with them.
+    Where the C library can be told to. glibc keeps blocks of up to 32 MB, and those that lie below others in use for
+    ever; of a model that streams through, that comes to more than its layers. Smaller blocks are worth keeping: the
+    pages of a new one cost more than most of what is done with them. `give_back_memory` is for these.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if malloc_trim is not None:
-        malloc_trim(0)
+    _libc("mallopt", _M_MMAP_THRESHOLD, 1 << 23)
+
+
+def give_back_memory() -> None:
+    """Have what was freed go back to the system, where the C library can be told to."""
+    _libc("malloc_trim", 0)
+
+
+def _libc(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    if function is not None:
+        function(*arguments)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.architecture import loaded_names
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import give_back_memory, ran_out_of_memory
+from basiscli.engine.devices import give_back_memory, keep_small_blocks, ran_out_of_memory
 from basiscli.engine.layer_inputs import Collector, Enough, Inputs
 from basiscli.errors import InputError
 
@@ -63,6 +63,7 @@ class LayerwiseModel:
     """Holds this thread's collector."""
 
     def __post_init__(self) -> None:
+        keep_small_blocks()
         self.model = empty_model(self.checkpoint, self.dtype)
         names = loaded_names(self.checkpoint, self.checkpoint.tensors)
         self._stored = {_modern(loaded): stored for stored, loaded in names.items()}
