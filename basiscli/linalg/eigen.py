@@ -1,8 +1,8 @@
 """Eigenvectors of symmetric matrices: those that several threads want at the same time, as one batch.
 
-A GPU takes hardly longer for a dozen matrices of a few hundred rows than for one, where it is given them together
-(torch from 2.12 on, whose `eigh` is cuSOLVER's batched one). Threads that go in step wait for each other where they
-want eigenvectors, so that what a task does with a matrix is written as if there were no other.
+A GPU is several times faster with a dozen matrices of a few hundred rows at once than with one after another (torch
+from 2.12 on, whose `eigh` is cuSOLVER's batched one). Threads that go in step wait for each other where they want
+eigenvectors, so that what a task does with a matrix is written as if there were no other.
 """
 
 from __future__ import annotations
