@@ -137,14 +137,15 @@ def _from_data(plan: InitPlan, rates: Rates, read: int) -> Price:
         count = method.offered(plan.rank)
     else:  # every weight times its inputs' covariance
         sides, share, count = [plan.linear_shape(name) for name in plan.targets], 1.0, plan.rank
-    exact = [plan.exact or (plan.method.shares_ranks and side[0] <= _SMALL_MOMENT) for side in sides]
-    slow = share * sum(_exact_svd(side, count) for side, is_exact in zip(sides, exact, strict=True) if is_exact)
-    fast = share * sum(_fast_svd(side, count) for side, is_exact in zip(sides, exact, strict=True) if not is_exact)
-    seconds = (read + plan.expected_bytes) / rates.copy_bytes + forward / rates.forward_flops
-    seconds += slow / rates.exact_flops + fast / rates.fast_flops
+    vectors, seconds = 0.0, (read + plan.expected_bytes) / rates.copy_bytes + forward / rates.forward_flops
+    for side in sides:
+        exact = plan.exact or (plan.method.shares_ranks and side[0] <= _SMALL_MOMENT)
+        flops = share * (_exact_svd if exact else _fast_svd)(side, count)
+        vectors += flops
+        seconds += flops / (rates.exact_flops if exact else rates.fast_flops)
     workers = plan.settings.workers
     fetched = _to_download([plan.model])
-    return Price(read, plan.expected_bytes, forward + slow + fast, seconds / workers, workers, rates.machine, fetched)
+    return Price(read, plan.expected_bytes, forward + vectors, seconds / workers, workers, rates.machine, fetched)
 
 
 def _to_download(checkpoints: Iterable[Checkpoint | None]) -> int:
