@@ -131,6 +131,15 @@ class Hub:
     address: str = ""
     storage: str = ""
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    connections: int = 0
+    """Which are open, to both servers."""
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    """Held where handlers, a thread each, count."""
+
+    def wait_until_quiet(self) -> None:
+        """Wait until every connection has ended: what a killed client had sent has arrived then."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.connections == 0, timeout=60)
 
     def add(self, repo_id: str, files: Mapping[str, bytes], **options: Any) -> Repo:
         """Put a model there."""
@@ -398,7 +407,8 @@ class _Handler(BaseHTTPRequestHandler):
         for block in self._blocks():
             body += block
             if self.is_storage:
-                self.hub.received += len(block)
+                with self.hub.changed:
+                    self.hub.received += len(block)
                 self.hub.on_upload()
             if cut is not None and len(body) >= cut:
                 return None
@@ -432,7 +442,8 @@ class _Handler(BaseHTTPRequestHandler):
         for begin in range(0, len(body), 1 << 16):
             block = body[begin : begin + (1 << 16)]
             if self.is_storage:
-                self.hub.served += len(block)
+                with self.hub.changed:
+                    self.hub.served += len(block)
             self.wfile.write(block)
 
     def log_message(self, *words: object) -> None:
@@ -441,6 +452,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    hub: Hub
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Count a connection; its handler runs in a thread of its own."""
+        with self.hub.changed:
+            self.hub.connections += 1
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Count it no more."""
+        super().shutdown_request(request)
+        with self.hub.changed:
+            self.hub.connections -= 1
+            self.hub.changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: clients that are killed go away without a word."""
@@ -459,6 +484,7 @@ def running_hub() -> Iterator[Hub]:
     for is_storage in (False, True):
         handler = type("Handler", (_Handler,), {"hub": hub, "is_storage": is_storage})
         server = _Server(("127.0.0.1", 0), handler)
+        server.hub = hub
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     # Two names, so that the client takes them for two machines.

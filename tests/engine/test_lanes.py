@@ -204,7 +204,8 @@ def test_one_alone_waits_for_the_others_and_keeps_new_ones_out() -> None:
 
     second = threading.Thread(target=lonely)
     second.start()
-    time.sleep(0.02)
+    while not room._reserved:
+        time.sleep(0.001)
     third = threading.Thread(target=sharing, args=("third",))  # there is room, but one waits to be alone
     third.start()
     time.sleep(0.02)

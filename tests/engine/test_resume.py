@@ -17,16 +17,17 @@ from basiscli.engine.merge_run import MergeRun
 from tests.conftest import add, make_tensors, read_checkpoint, write_checkpoint
 
 METHODS = ["linear", "ortho"]
-# Slows every finished tensor down, so that a kill falls between two of them and not before or after all.
-SLOW = """
+# A merge that rests after every step from one on, so that a signal finds it between two of them.
+RESTING = """
 import signal, sys, time
-from basiscli.checkpoints.writer import PartialOutput
+from basiscli.checkpoints.writer import JOURNAL, PartialOutput
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-record = PartialOutput.record
-def slow(self, key, entry):
+record, steps, seconds = PartialOutput.record, int(sys.argv.pop(1)), float(sys.argv.pop(1))
+def rest(self, key, entry):
     record(self, key, entry)
-    time.sleep(0.02)
-PartialOutput.record = slow
+    if len((self.folder / JOURNAL).read_text().splitlines()) > steps:  # the first is the run's
+        time.sleep(seconds)
+PartialOutput.record = rest
 from basiscli.cli import main
 main()
 """
@@ -44,16 +45,17 @@ def journal(out: Path) -> list[str]:
     return [json.loads(line)["key"] for line in lines if line.endswith("}")]
 
 
-def kill_after(family: dict[str, Path], method: str, out: Path, steps: int) -> None:
-    """Start a merge and kill -9 it as soon as it has finished so many steps."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *words(family, method, out)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while len(journal(out)) < steps and process.poll() is None and time.monotonic() < deadline:
+def stopped_after(family: dict[str, Path], method: str, out: Path, steps: int, number: signal.Signals) -> str:
+    """Send a merge a signal when it has finished so many steps; return what it says."""
+    rests = [str(steps), "60" if number == signal.SIGKILL else "0.5"]  # Ctrl-C waits for what is at work
+    command = [sys.executable, "-c", RESTING, *rests, *words(family, method, out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(journal(out)) < steps and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    return message
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +67,7 @@ def test_killed_at_several_moments_it_finishes_with_the_same_bytes(
     out = tmp_path / "killed"
     seen: set[str] = set()
     for steps in (1, 3, 6, 9, 12, 15):
-        kill_after(family, method, out, steps)
+        stopped_after(family, method, out, steps, signal.SIGKILL)
         assert not out.exists()
         done = journal(out)
         assert len(done) == len(set(done))  # no step was done twice
@@ -171,17 +173,7 @@ def test_a_cut_off_journal_line_is_no_finished_step(
 
 def test_ctrl_c_says_how_to_go_on(family: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.replace("0.02", "0.5"), *words(family, "ortho", out)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not journal(out) and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in message
+    assert "the same command goes on" in stopped_after(family, "ortho", out, 1, signal.SIGINT)
     assert not out.exists()
 
 
