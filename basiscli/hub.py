@@ -21,7 +21,7 @@ from basiscli.hub_errors import DamagedDownload, explained, retried
 from basiscli.version import __version__
 
 # What makes a checkpoint or an adapter; never code, training state or other frameworks' copies of the weights.
-_KEEP = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 _WEIGHTS = ("*.safetensors", "*_model*.bin", "*.gguf")  # the first kind that a model has is taken
 _SKIP = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*/*.safetensors", "*/*.bin"]
 # Files by whose names a model is loaded: one that an earlier push left would be loaded with, or instead of, the new.
@@ -122,7 +122,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors
 
     for weights in _WEIGHTS:
-        folder = fetch(repo_id, revision, [*_KEEP, weights])
+        folder = fetch(repo_id, revision, [*BESIDE_WEIGHTS, weights])
         if any(folder.glob(weights)):
             return folder
     if constants.HF_HUB_OFFLINE:

@@ -20,7 +20,7 @@ from basiscli.checkpoints.source import ADAPTER_CONFIG
 from basiscli.checkpoints.views import INDEX_FILE
 from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import HubError, InputError
-from basiscli.hub import fetch, in_cache, named, no_weights, pull, weights_among
+from basiscli.hub import BESIDE_WEIGHTS, fetch, in_cache, named, no_weights, pull, weights_among
 from basiscli.hub_errors import explained, retried
 from basiscli.version import __version__
 
@@ -30,7 +30,7 @@ _BLOCK = 1 << 16
 _AT_A_TIME = 8
 
 
-def pull_headers(repo_id: str, revision: str | None) -> tuple[Path, str | None, bool]:
+def pull_headers(repo_id: str, revision: str | None, *, tokenizer: bool = False) -> tuple[Path, str | None, bool]:
     """Fetch a model without its weights' data, or find it in the cache; a model that is here whole stays whole.
 
     The headers are kept by commit, so that a second call asks the Hub for nothing but the commit of the revision.
@@ -38,6 +38,7 @@ def pull_headers(repo_id: str, revision: str | None) -> tuple[Path, str | None, 
     Args:
         repo_id: `org/name`.
         revision: a branch, tag or commit; the default branch where none is given.
+        tokenizer: also fetch the tokenizer and whatever else lies beside the weights.
 
     Returns:
         A folder, its commit, and whether the weights are in it; else its shards end where their data would begin.
@@ -52,7 +53,7 @@ def pull_headers(repo_id: str, revision: str | None) -> tuple[Path, str | None, 
         try:
             commit, names = _listing(repo_id, revision)
         except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-            here = None if isinstance(error, errors.RevisionNotFoundError) else _kept(repo_id, revision)
+            here = None if isinstance(error, errors.RevisionNotFoundError) else _kept(repo_id, revision, tokenizer)
             if here is not None:
                 return here
             commit, names = retried(lambda: _listing(repo_id, revision))
@@ -66,7 +67,9 @@ def pull_headers(repo_id: str, revision: str | None) -> tuple[Path, str | None, 
                 f"{repo_id} has no safetensors, and other weights have no header that could be fetched without them",
                 remedy=f"download it first: `hf download {repo_id}{f' --revision {revision}' if revision else ''}`",
             )
-        folder = made_once(_place(repo_id, commit), lambda out: _fill(out, repo_id, commit, weights))
+        beside = BESIDE_WEIGHTS if tokenizer else _BESIDE
+        place = _place(repo_id, commit, tokenizer)
+        folder = made_once(place, lambda out: _fill(out, repo_id, commit, beside, weights))
     return folder, commit, False
 
 
@@ -86,26 +89,26 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, list[str]]:
     return info.sha, [file.rfilename for file in info.siblings or []]
 
 
-def _kept(repo_id: str, revision: str | None) -> tuple[Path, str | None, bool] | None:
+def _kept(repo_id: str, revision: str | None, tokenizer: bool) -> tuple[Path, str | None, bool] | None:
     """Return what an earlier call left of a model, for when the Hub cannot be asked."""
     folder = in_cache(repo_id, revision)
     if folder is not None:
         return folder, folder.name, True
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and _place(repo_id, revision).is_dir():
-        return _place(repo_id, revision), revision, False
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and _place(repo_id, revision, tokenizer).is_dir():
+        return _place(repo_id, revision, tokenizer), revision, False
     return None
 
 
-def _place(repo_id: str, commit: str) -> Path:
-    return cache_folder() / "headers" / repo_id.replace("/", "--") / commit
+def _place(repo_id: str, commit: str, tokenizer: bool) -> Path:
+    kind = "headers-and-tokenizers" if tokenizer else "headers"
+    return cache_folder() / kind / repo_id.replace("/", "--") / commit
 
 
-def _fill(folder: Path, repo_id: str, commit: str, weights: Sequence[str]) -> None:
-    """Put a model's configuration into a folder, and its weights up to where their data begins."""
-    beside = retried(lambda: fetch(repo_id, commit, _BESIDE))
-    for name in _BESIDE:
-        if (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
+def _fill(folder: Path, repo_id: str, commit: str, beside: Sequence[str], weights: Sequence[str]) -> None:
+    """Put what lies beside a model's weights into a folder, and the weights up to where their data begins."""
+    snapshot = retried(lambda: fetch(repo_id, commit, beside))
+    for file in {file for pattern in beside for file in snapshot.glob(pattern)}:
+        shutil.copyfile(file, folder / file.name)
     pool = ThreadPoolExecutor(_AT_A_TIME)
     try:
         list(pool.map(lambda name: _fetch_header(repo_id, commit, name, folder / name), weights))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ from safetensors.torch import save
 from typer.testing import Result
 
 import basiscli
-from basiscli import HubError, InputError
+from basiscli import HubError, InputError, UsageError
+from basiscli.api.nola import compress_adapter
 from basiscli.checkpoints.header import header_end
 from basiscli.checkpoints.source import resolve
 from basiscli.hub_headers import _FIRST
-from tests.conftest import add, snapshot, write_checkpoint
+from basiscli.names import format_size
+from tests.conftest import add, read_checkpoint, snapshot, write_checkpoint
 from tests.hub_server import TOKEN, Fault, Hub, files_of
+from tests.recipes.models import write_llama, write_recipe
 
 Basis = Callable[..., Result]
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -169,6 +174,98 @@ def test_a_recipe_of_mergekit(hub: Hub, models: dict[str, Path], basis: Basis, t
     assert json.loads(result.stdout)["price"] == whole | {"download_bytes": 2 * 4 * 400 * 400 * 4}
     assert hub.served <= 4 * _FIRST
     assert basis("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out").exit_code == 0
+
+
+@pytest.fixture
+def decoders(hub: Hub, tmp_path: Path) -> dict[str, Path]:
+    """Return folders of two decoders with tokenizers that differ, which the Hub has as `org/x` and `org/y`."""
+    folders = {}
+    for seed, name in enumerate("xy"):
+        folders[name] = tmp_path / "here" / name
+        write_llama(folders[name], seed, [f"of_{name}"], hidden_size=128, intermediate_size=400)
+        hub.add(f"org/{name}", files_of(folders[name]))
+    return folders
+
+
+def dry(basis: Basis, *words: str | Path) -> dict[str, Any]:
+    """Return what a dry run says, but for what it calls its models and what is to be downloaded."""
+    result = basis(*words, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    for name in ("model", "models", "adapter", "base"):
+        found.pop(name, None)
+    found.get("price", {}).pop("download_bytes", None)
+    return found
+
+
+def test_compressions_are_priced_alike(
+    hub: Hub, decoders: dict[str, Path], basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ["--kv-ratio", "0.5", "-o", tmp_path / "out"]
+    assert dry(basis, "compress", "org/x", *cache) == dry(basis, "compress", decoders["x"], *cache)
+    weights = sum(t.nbytes for t in read_checkpoint(decoders["x"]).values())
+    result = basis("compress", "org/x", *cache, "--dry-run")
+    assert f"\ndownload {format_size(weights)}, then " in result.stdout
+    basiscli.init(decoders["x"], rank=2, output=tmp_path / "lora", method="pissa", target_modules=["q_proj"])
+    adapter = tmp_path / "lora" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/x"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    nola = ["compress", adapter, "-m", "nola", "--bases", "20", "-o", tmp_path / "out"]
+    assert dry(basis, *nola) == dry(basis, *nola, "--base", decoders["x"])
+    assert hub.served <= _FIRST
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_was_planned_on_headers_is_not_carried_out(hub: Hub, decoders: dict[str, Path], tmp_path: Path) -> None:
+    adapter = basiscli.init(decoders["x"], rank=2, output=tmp_path / "lora").adapter
+    for act in (
+        lambda: basiscli.compress("org/x", kv_ratio=0.5, output=tmp_path / "out", headers_only=True),
+        lambda: compress_adapter(adapter, base="org/x", bases=9, output=tmp_path / "out", headers_only=True),
+    ):
+        with pytest.raises(UsageError, match="priced and not carried out"):
+            act()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_pipeline(hub: Hub, decoders: dict[str, Path], basis: Basis, tmp_path: Path) -> None:
+    def recipe(x: str | Path, y: str | Path) -> Path:
+        steps = [
+            {"merge": [str(x), str(y)], "name": "both", "method": "linear"},
+            {"compress": "both", "name": "small", "kv_ratio": 0.5},
+            {"init": str(x), "name": "lora", "rank": 4},
+            {"eval": str(y), "name": "figures"},
+        ]
+        return write_recipe(tmp_path, {"steps": steps})
+
+    remote = dry(basis, "run", recipe("org/x", "org/y"), "-o", tmp_path / "out")["steps"]
+    assert hub.served <= 2 * _FIRST
+    assert not [file for file in hub.asked if "tokenizer" in file]
+    prices = [step["price"] for step in remote]
+    x, y = (sum(t.nbytes for t in read_checkpoint(decoders[name]).values()) for name in "xy")
+    assert [price and price.pop("download_bytes") for price in prices] == [x + y, 0, x, None]
+    local = dry(basis, "run", recipe(decoders["x"], decoders["y"]), "-o", tmp_path / "out")["steps"]
+    assert [price and price | {"download_bytes": 0} for price in prices] == [step["price"] for step in local]
+    assert [step | {"price": None} for step in remote] == [step | {"price": None} for step in local]
+
+
+@pytest.mark.parametrize("more", [{"tokenizer_source": "union"}, {"chat_template": "chatml"}])
+def test_a_recipe_of_mergekit_with_a_tokenizer(
+    hub: Hub, decoders: dict[str, Path], basis: Basis, tmp_path: Path, more: dict[str, str]
+) -> None:
+    def recipe(x: str | Path, y: str | Path) -> Path:
+        models = [{"model": str(name), "parameters": {"weight": 1}} for name in (x, y)]
+        return write_recipe(tmp_path, {"merge_method": "linear", "models": models} | more)
+
+    words = ["-o", tmp_path / "out"]
+    assert basis("inspect", "org/x").exit_code == 0  # headers without tokenizers are no substitute
+    remote = dry(basis, "run", recipe("org/x", "org/y"), *words)
+    assert hub.served <= 3 * _FIRST
+    assert remote == dry(basis, "run", recipe(decoders["x"], decoders["y"]), *words)
+    assert basis("run", recipe("org/x", "org/y"), *words).exit_code == 0
+    read = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+    assert basis("run", recipe(decoders["x"], decoders["y"]), *words).exit_code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == read["model.safetensors"]
 
 
 def test_a_long_header_is_fetched_whole_and_nothing_else(hub: Hub, basis: Basis, tmp_path: Path) -> None:

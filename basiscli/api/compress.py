@@ -12,7 +12,7 @@ from typing import Any, Unpack, get_args
 from basiscli.api.settings import OutputOptions
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import resolve
-from basiscli.engine.cluster import cluster_of
+from basiscli.engine.cluster import cluster_of, refuse_headers_only
 from basiscli.engine.kv_plan import Export, KVPlan, KVSettings, Search, plan_kv
 from basiscli.engine.local import Engine, Progress, Silent, Threads, default_workers
 from basiscli.errors import InputError, UsageError
@@ -44,10 +44,12 @@ class CompressOptions(OutputOptions, total=False):
     fold_values: bool
     export: Export | None
     plugins: Sequence[str | Path]
+    headers_only: bool
 
 
 _SETTINGS = (
     "train_steps", "batch", "length", "search", "fold_values", "export", "device", "seed", "resume", "overwrite",
+    "headers_only",
 )  # fmt: skip
 
 
@@ -82,6 +84,7 @@ def compress(
             seed: decides the windows and ranks of each training step.
             resume: go on where an interrupted run stopped (default).
             overwrite: replace an earlier output of basis.
+            headers_only: for `plan_compress`, as for `merge`.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`. Nothing is then left under the output's
@@ -118,7 +121,7 @@ def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -
     )
     registry = Registry.with_files([Path(file) for file in options.get("plugins", ())])
     return plan_kv(
-        resolve(str(model)),
+        resolve(str(model), headers_only=settings.headers_only),
         1 - budget if budget is not None else float(ratio or 0.0),
         registry.find("compress", options.get("method", "matryoshka")),
         options.get("parameters", {}),
@@ -130,6 +133,7 @@ def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -
 def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
+    refuse_headers_only(plan.settings)
     from basiscli.checkpoints.kv_file import BASES_FILE
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from basiscli.api.compress import CompressResult
 from basiscli.checkpoints.source import resolve
+from basiscli.engine.cluster import refuse_headers_only
 from basiscli.engine.local import Progress, Silent
 from basiscli.engine.nola_plan import NolaPlan, NolaSettings, plan_nola
 from basiscli.errors import GateFailed
@@ -31,10 +32,12 @@ class NolaOptions(TypedDict, total=False):
     device: str
     seed: int
     overwrite: bool
+    headers_only: bool
 
 
 _SETTINGS = (
     "weights_only", "steps", "batch", "length", "learning_rate", "min_fidelity", "force", "device", "seed", "overwrite",
+    "headers_only",
 )  # fmt: skip
 
 
@@ -64,6 +67,7 @@ def compress_adapter(
             min_fidelity: the least share of the effect that must survive, 0.5 by default.
             force: write the result all the same.
             device, seed, overwrite: as for `merge`; the seed also names the bases.
+            headers_only: for `plan_adapter`, as for `merge`.
 
     Raises:
         GateFailed: less than `min_fidelity` survives.
@@ -78,7 +82,7 @@ def plan_adapter(adapter: str | Path, *, bases: int, **options: Unpack[NolaOptio
     calibration, base = options.get("calibration"), options.get("base")
     given: dict[str, Any] = {name: options[name] for name in _SETTINGS if name in options}  # type: ignore[literal-required]
     return plan_nola(
-        resolve(str(adapter)),
+        resolve(str(adapter), headers_only=options.get("headers_only", False)),
         base=None if base is None else str(base),
         bases=bases,
         rank=options.get("rank"),
@@ -91,6 +95,7 @@ def plan_adapter(adapter: str | Path, *, bases: int, **options: Unpack[NolaOptio
 def run_adapter(plan: NolaPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
+    refuse_headers_only(plan.settings)
     from basiscli.checkpoints.writer import REPORT
     from basiscli.engine.devices import choose_device
     from basiscli.engine.nola_run import NolaRun

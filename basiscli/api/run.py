@@ -50,8 +50,7 @@ def run(
 
             output: the folder to make, or to hold a folder a step; by default called as the recipe.
             overwrite: replace an earlier output of basis; a pipeline always replaces what it made itself.
-            headers_only: as for `merge`, for `plan_run` of a recipe in mergekit's format that asks for no tokenizer;
-                no others have prices by headers alone.
+            headers_only: for `plan_run` of a recipe in mergekit's format, as for `merge`.
             plugins, device, dtype, shard_size, workers, memory, seed, resume, allow_nonfinite, allow_missing,
                 trust_remote_code, engine, ray_address: as for `merge`, of a recipe in mergekit's format; a pipeline's
                 steps have their own.

@@ -94,13 +94,14 @@ class Source:
         return named if isinstance(named, str) and named else None
 
 
-def resolve(spec: str, *, headers_only: bool = False) -> Source:
+def resolve(spec: str, *, headers_only: bool = False, tokenizer: bool = False) -> Source:
     """Find a model: an existing path first, else a model of the Hub (downloaded, or from its cache).
 
     Args:
         spec: what a user writes.
         headers_only: of a model of the Hub that is not here, fetch the headers of its weights alone; on disk, take
             folders of such headers, too.
+        tokenizer: with the headers of a model of the Hub, fetch its tokenizer.
 
     Raises:
         InputError: if there is no such path and the words are no Hub id.
@@ -121,7 +122,7 @@ def resolve(spec: str, *, headers_only: bool = False) -> Source:
     if headers_only:
         from basiscli.hub_headers import pull_headers
 
-        folder, commit, is_whole = pull_headers(match["repo"], match["revision"])
+        folder, commit, is_whole = pull_headers(match["repo"], match["revision"], tokenizer=tokenizer)
         return Source(spec, folder, match["repo"], commit, headers_only=not is_whole)
     from basiscli.hub import pull
 

@@ -122,6 +122,7 @@ def compress(
     out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.api.compress import plan_compress, run_compress
+        from basiscli.engine.pricing import kv_price
 
         after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         if method == "nola":
@@ -132,7 +133,7 @@ def compress(
                 "base": base, "rank": rank, "bits": bits, "output": output, "calibration": calibration,
                 "weights_only": weights_only, "steps": steps, "batch": batch, "length": length,
                 "learning_rate": learning_rate, "min_fidelity": min_fidelity, "force": force, "device": device,
-                "seed": seed, "overwrite": overwrite,
+                "seed": seed, "overwrite": overwrite, "headers_only": dry_run,
             }  # fmt: skip
             planner = saved(save_recipe, "compress", plan_adapter, fail_if=fail_if, push_to=push_to, method="nola")
             compress_adapter(out, after, planner, model, bases=bases, dry_run=dry_run, options=given)
@@ -161,10 +162,11 @@ def compress(
             seed=seed,
             resume=resume,
             overwrite=overwrite,
+            headers_only=dry_run,
         )
         carry_out(
             plan, run_compress, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
-            known=known_numbers(plan.method), forecast=_forecast(plan),
+            known=known_numbers(plan.method), forecast=[*_forecast(plan), kv_price(plan).sentence()],
         )  # fmt: skip
 
 
@@ -174,19 +176,9 @@ def _forecast(plan: KVPlan) -> list[str]:
     if plan.settings.calibration is None:
         lines.append("calibration with the small built-in mix; text of your own kind is better: --calibration FILE")
     if plan.train_steps:
-        parameters = sum(t.count for t in plan.model.tensors.values())
-        # A forward of the dense model, and a forward and a backward (by activations only) of the projected one.
-        flops = 6 * parameters * plan.train_tokens
-        lines.append(
-            f"training {plan.train_steps} steps of {plan.settings.batch} × {plan.settings.length} tokens: "
-            f"{flops:.1e} operations, about {_duration(flops / 1.2e11)} at 120 GFLOP/s (two CPU cores), "
-            f"{_duration(flops / 1e14)} at 100 TFLOP/s (a GPU)"
-        )
+        tokens = f"{plan.settings.batch} × {plan.settings.length} tokens"
+        lines.append(f"training {plan.train_steps} steps of {tokens}")
     return lines
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _summary(report: Report) -> str:
@@ -213,6 +205,8 @@ def _summary(report: Report) -> str:
 
 
 def _plan_document(plan: KVPlan) -> dict[str, Any]:
+    from basiscli.engine.pricing import kv_price
+
     count = plan.shape.layers * 2 * plan.shape.heads * plan.shape.levels
     return {
         "output": str(plan.out),
@@ -228,11 +222,14 @@ def _plan_document(plan: KVPlan) -> dict[str, Any]:
         "train_tokens": plan.train_tokens,
         "search": plan.settings.search,
         "write_bytes": plan.layout.nbytes,
+        "peak_bytes": plan.peak_bytes,
+        "price": kv_price(plan).as_dict(),
         "notes": plan.notes,
     }
 
 
 def _show_plan(out: Output, plan: KVPlan) -> None:
+    from basiscli.engine.pricing import kv_price
     from basiscli.names import format_size
 
     table = _plan_document(plan)
@@ -243,4 +240,7 @@ def _show_plan(out: Output, plan: KVPlan) -> None:
     )
     for note in [*plan.notes, *_forecast(plan)]:
         out.line(f"note: {note}")
-    out.line(f"write {format_size(plan.layout.nbytes)}")
+    price = kv_price(plan)
+    memory = f"memory for tensors about {format_size(plan.peak_bytes)}"
+    out.line(f"read {format_size(price.read_bytes)}, write {format_size(price.write_bytes)}, {memory}")
+    out.line(price.sentence())

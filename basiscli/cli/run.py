@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,7 +93,7 @@ def run(
             raise UsageError("--fail-if and --push-to are about one merge", remedy="a step's fail_if, and a push step")
         if dry_run:
             plans = price(planned)
-            out.result({"steps": [_plan_as_dict(one) for one in plans]}, lambda: _show_plans(out, plans))
+            out.result({"steps": [one.as_dict() for one in plans]}, lambda: _show_plans(out, plans))
             return
         _run_steps(planned, out)
 
@@ -135,10 +134,6 @@ def _show_step(out: Output, step: StepResult) -> None:
         out.note(f"{'failed' if outcome.failed else 'passed'}: {outcome}")
 
 
-def _plan_as_dict(plan: StepPlan) -> dict[str, Any]:
-    return asdict(plan) | {"path": None if plan.path is None else str(plan.path)}
-
-
 def _show_plans(out: Output, plans: list[StepPlan]) -> None:
     from basiscli.names import format_size
 
@@ -153,7 +148,8 @@ def _show_plans(out: Output, plans: list[StepPlan]) -> None:
             size(plan.read_bytes),
             size(plan.write_bytes),
             size(plan.peak_bytes),
+            "" if plan.price is None else plan.price.time,
         ]
         for plan in plans
     ]
-    out.table(["step", "command", "output", "reads", "writes", "memory"], rows, right=[3, 4, 5])
+    out.table(["step", "command", "output", "reads", "writes", "memory", "time"], rows, right=[3, 4, 5, 6])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.dtypes import tensor_bytes
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
@@ -29,6 +30,10 @@ from basiscli.transforms import Method
 Search = Literal["greedy", "spectrum", "uniform"]
 Export = Literal["remote-code"]
 LEVELS = 8
+SEARCH_BATCH = 4
+"""Windows a round of the search."""
+TEACHER_BYTES = 1 << 29
+"""Up to this size the search keeps the dense model's logits of held-out text."""
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -77,6 +82,8 @@ class KVSettings:
     seed: int = 0
     resume: bool = True
     overwrite: bool = False
+    headers_only: bool = False
+    """Plan on headers, wherever the data is: to be priced, not to be carried out."""
     cluster: Cluster | None = None
     """Where the statistics are taken, if not on this machine."""
 
@@ -110,9 +117,32 @@ class KVPlan:
         return self.train_steps * self.settings.batch * self.settings.length
 
     @property
+    def searches(self) -> bool:
+        """Whether ranks will be searched by their effect on the model."""
+        return self.settings.search == "greedy" and self.budget < math.prod(self.shape.entries) * self.shape.levels
+
+    @property
     def folds(self) -> bool:
         """Whether the weights of this output hold the bases of the values."""
         return self.settings.fold_values or bool(self.earlier and self.earlier.values_folded)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of tensors, about: weights in float32, and what one batch keeps for its backward.
+
+        A token keeps four times its logits, and in each layer what was measured to be 8 times the hidden size and 4
+        times the widest of its matrices.
+        """
+        tensors = self.model.tensors.values()
+        embeddings = [t.shape for t in tensors if kind_by_name(t) is Kind.EMBEDDING]
+        vocabulary, hidden = max(embeddings, default=(0, 0), key=math.prod)
+        widest = max((max(t.shape) for t in tensors if len(t.shape) > 1 and vocabulary not in t.shape), default=0)
+        token = 4 * (4 * vocabulary + self.shape.layers * (8 * hidden + 4 * widest))
+        settings = self.settings
+        batch = max(1, SEARCH_BATCH if self.searches else 0, settings.batch if self.train_steps else 0)
+        teacher = settings.search_windows * settings.length * 4 * vocabulary if self.searches else 0
+        kept = teacher if teacher <= TEACHER_BYTES else 0
+        return 4 * sum(t.count for t in tensors) + settings.length * batch * token + kept
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +150,7 @@ class KVPlan:
         settings = {
             name: value
             for name, value in vars(self.settings).items()
-            if name not in {"workers", "resume", "overwrite", "shard_bytes", "cluster"}
+            if name not in {"workers", "resume", "overwrite", "shard_bytes", "headers_only", "cluster"}
         }
         text = self.settings.calibration
         texts = [f for f in (Path(text), *Path(text).rglob("*")) if f.is_file()] if text else []
@@ -194,7 +224,8 @@ def plan_kv(
         notes.append(f"the bases of {source.label} are used as they are; only the ranks are searched")
     plan = KVPlan(place, model, method, values, ratio, budget, shape, earlier, layout, settings, notes)
     bases = tensor_bytes("F32", (*shape.entries, shape.dim, shape.dim))
-    check_disk(place, layout.nbytes + 5 * bases)
+    if not settings.headers_only:  # where the disk is that such a result would go to, nobody knows
+        check_disk(place, layout.nbytes + 5 * bases)
     return plan
 
 
@@ -209,7 +240,8 @@ def _check_loadable(model: Checkpoint) -> None:
     """Refuse weights that are not those that transformers loads from the model's folder."""
     folder = model.source.folder
     found = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
-    if not found or Checkpoint.open(Source(model.source.spec, folder)).files != model.files:
+    as_loaded = Source(model.source.spec, folder, headers_only=model.source.headers_only)
+    if not found or Checkpoint.open(as_loaded).files != model.files:
         raise InputError(
             f"the model has to run, and these weights are not in {SINGLE_FILE} or in shards with an index",
             file=model.source.path,

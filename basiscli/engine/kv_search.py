@@ -18,6 +18,7 @@ from torch import Tensor
 from basiscli.calibration.tokens import Windows
 from basiscli.engine.kv_attention import Projector, cut_projections, set_bases, set_projections
 from basiscli.engine.kv_loss import divergence, loss_alone, loss_and_gradient
+from basiscli.engine.kv_plan import SEARCH_BATCH, TEACHER_BYTES
 from basiscli.engine.local import Progress
 from basiscli.errors import InputError
 from basiscli.transforms import KVCompression
@@ -25,7 +26,6 @@ from basiscli.transforms import KVCompression
 Shape = tuple[int, ...]
 _MOST_ROUNDS = 24
 _PATIENCE = 3  # rounds without a better result, after which the search ends
-_TEACHER_BYTES = 1 << 29
 _KEPT = 0.5  # of an earlier round's estimate
 
 
@@ -88,7 +88,7 @@ class GreedySearch:
     """What rounds take their text from, in turn."""
     held: Windows
     levels: int
-    batch: int = 4
+    batch: int = SEARCH_BATCH
     """Windows a round."""
     rounds: int = 0
     round_seconds: float = 0.0
@@ -181,7 +181,7 @@ class GreedySearch:
         if place in self._teachers:
             return self._teachers[place]
         logits = self._logits(self.held.select([place]), None)
-        if logits.nbytes * len(self.held) <= _TEACHER_BYTES:
+        if logits.nbytes * len(self.held) <= TEACHER_BYTES:
             self._teachers[place] = logits
         return logits
 

@@ -45,6 +45,8 @@ class NolaSettings:
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False
+    headers_only: bool = False
+    """Plan on headers, wherever the data is."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def plan_nola(
             raise UsageError("--weights-only takes no base and no text", remedy="leave out --base and --calibration")
         checkpoint, modules = None, _alone(adapter)
     else:
-        checkpoint, modules = _on_base(adapter, base)
+        checkpoint, modules = _on_base(adapter, base, headers_only=settings.headers_only)
     name = source.label.rpartition("/")[2].partition("@")[0]
     inputs = [source, *([checkpoint.source] if checkpoint else [])]
     place = output_place(out or Path(f"{name}-nola"), inputs, overwrite=settings.overwrite)
@@ -148,7 +150,8 @@ def plan_nola(
     rank = rank or max(1, min(adapter.rank, bases // widest))
     plan = NolaPlan(place, adapter, checkpoint, modules, rank, bases, bits, settings, [])
     plan.notes.extend(_notes(plan))
-    check_disk(place, plan.layout.nbytes)
+    if not settings.headers_only:
+        check_disk(place, plan.layout.nbytes)
     return plan
 
 
@@ -185,14 +188,17 @@ def _alone(adapter: Adapter) -> list[NolaModule]:
     return [NolaModule(name, name, *_sizes(adapter, name)) for name in adapter.modules]
 
 
-def _on_base(adapter: Adapter, given: str | None) -> tuple[Checkpoint, list[NolaModule]]:
+def _on_base(adapter: Adapter, given: str | None, *, headers_only: bool) -> tuple[Checkpoint, list[NolaModule]]:
     """Open the base, and find what its class calls the adapter's modules once it is loaded."""
     source = adapter.source
     if given is None and source.base_model is None:
         raise UsageError(
             "the adapter does not name its base", file=source.path / ADAPTER_CONFIG, remedy="--base, or --weights-only"
         )
-    found = resolve(given) if given is not None else resolve_base(str(source.base_model), source)
+    if given is None:
+        found = resolve_base(str(source.base_model), source, headers_only=headers_only)
+    else:
+        found = resolve(given, headers_only=headers_only)
     base = Checkpoint.open(found)
     view = AdapterView(adapter, base)
     loaded = loaded_names(base, view.modules)

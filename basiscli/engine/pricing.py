@@ -15,7 +15,9 @@ from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.init_plan import InitPlan
+from basiscli.engine.kv_plan import SEARCH_BATCH, KVPlan
 from basiscli.engine.merge_plan import MergePlan, Settings, workspace
+from basiscli.engine.partial import Plan
 from basiscli.engine.rates import MEASURED, Rates
 from basiscli.names import format_size
 from basiscli.transforms import DataInit
@@ -23,6 +25,7 @@ from basiscli.transforms import DataInit
 _EIGEN = 9  # operations of a symmetric eigendecomposition with vectors, in n³
 _SMALL_MOMENT = 1024  # up to here `SVD.axes` takes all eigenvectors
 _KRYLOV_BLOCKS = 8  # of rank + 8 columns each: what `fast_svd` needs on weights of language models, about
+_SEARCH_ROUNDS = 15  # until three in a row find nothing better: 10 to 24 on SmolLM2
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,20 @@ class Price:
         """The time in hours."""
         return self.seconds / 3600
 
+    @property
+    def time(self) -> str:
+        """The time as a person reads it."""
+        if self.seconds < 90:
+            return f"{max(1, round(self.seconds))} s"
+        return f"{self.seconds / 60:.0f} minutes" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} hours"
+
     def sentence(self) -> str:
         """Return operations and time as a person reads them."""
         rate = format_size((self.read_bytes + self.write_bytes) / max(self.seconds, 1e-9))
         workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
         fetched = f"download {format_size(self.download_bytes)}, then " if self.download_bytes else ""
         return (
-            f"{fetched}{_operations(self.flops)}: about {_time(self.seconds)} with {workers}, each {self.machine}, "
+            f"{fetched}{_operations(self.flops)}: about {self.time} with {workers}, each {self.machine}, "
             f"on storage of at least {rate}/s"
         )
 
@@ -66,10 +76,13 @@ def _operations(flops: float) -> str:
     return f"{flops:.4g} EFLOP"
 
 
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+def price_of(plan: Plan, rates: Rates = MEASURED) -> Price | None:
+    """Return what a plan of any command would take; None for one that is not priced."""
+    if isinstance(plan, MergePlan):
+        return merge_price(plan, rates)
+    if isinstance(plan, InitPlan):
+        return init_price(plan, rates)
+    return kv_price(plan, rates) if isinstance(plan, KVPlan) else None
 
 
 def merge_price(plan: MergePlan, rates: Rates = MEASURED) -> Price:
@@ -146,6 +159,36 @@ def _from_data(plan: InitPlan, rates: Rates, read: int) -> Price:
     workers = plan.settings.workers
     fetched = _to_download([plan.model])
     return Price(read, plan.expected_bytes, forward + vectors, seconds / workers, workers, rates.machine, fetched)
+
+
+def kv_price(plan: KVPlan, rates: Rates = MEASURED) -> Price:
+    """Return what a compression of a KV cache would take, at the usual number of rounds of its search."""
+    settings, length, workers = plan.settings, plan.settings.length, plan.settings.workers
+    tensors = plan.model.tensors.values()
+    read = sum(t.nbytes for t in tensors)
+    embeddings = [t.count for t in tensors if kind_by_name(t) is Kind.EMBEDDING]
+    heads = [t.count for t in tensors if t.name.endswith(("lm_head.weight", "embed_out.weight"))]
+    head = max(heads or embeddings, default=0)  # one that is tied is the embedding
+    layers = sum(t.count for t in tensors) - sum(embeddings) - sum(heads)
+    statistics = 0.0 if plan.earlier else 2.0 * layers * settings.moment_windows * length
+    # In tokens that pass the model: a step of training is a forward of the dense model, one of the projected, and a
+    # backward, which goes to activations alone and is as much as a forward.
+    tokens = 3 * plan.train_tokens
+    if plan.searches:
+        held = settings.search_windows
+        tokens += length * (3 * held + _SEARCH_ROUNDS * (5 * SEARCH_BATCH + held))
+    training = 2.0 * (layers + head) * tokens
+    streamed = 2 * read + plan.layout.nbytes  # read once to be run, and once to be written
+    seconds = streamed / rates.copy_bytes + statistics / rates.forward_flops + training / rates.training_flops
+    return Price(
+        2 * read,
+        plan.layout.nbytes,
+        statistics + training,
+        seconds / workers,
+        workers,
+        rates.machine,
+        _to_download([plan.model]),
+    )
 
 
 def _to_download(checkpoints: Iterable[Checkpoint | None]) -> int:

@@ -26,6 +26,8 @@ class Rates:
     """Of the block Krylov iteration in float32, with what the report measures of its result."""
     forward_flops: float
     """Of running a model over text, and adding up the moments of its inputs: products in float32, mostly."""
+    training_flops: float
+    """Of forwards and backwards of a whole model with its logits, and their distance from the dense model's."""
 
     def merge_bytes(self, method: str) -> float:
         """Return the rate of a merge method; of one that was not measured, the slowest's."""
@@ -59,4 +61,5 @@ MEASURED = Rates(
     exact_flops=46e9,
     fast_flops=9.4e9,
     forward_flops=58e9,
+    training_flops=50e9,
 )

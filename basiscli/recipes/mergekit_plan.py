@@ -46,14 +46,15 @@ def plan_mergekit(
             file=file,
             remedy=f"`basis merge --method {method.name}`, or a step of a pipeline",
         )
-    # A tokenizer is made of files that lie beside whole weights only.
-    hollow = settings.headers_only and recipe.vocabulary is None and recipe.chat_template is None
-    stored = {name: _open(name, file, headers_only=hollow) for name in recipe.names()}
+    tokenizer = recipe.vocabulary is not None or recipe.chat_template is not None
+    stored = {
+        name: _open(name, file, headers_only=settings.headers_only, tokenizer=tokenizer) for name in recipe.names()
+    }
     opened, files, notes = _revocabulated(recipe, stored, file)
     models: dict[ModelName, Model] = {
         name: checkpoint
         if name.lora is None
-        else AdapterView(Adapter(resolve(name.lora, headers_only=hollow)), checkpoint)
+        else AdapterView(Adapter(resolve(name.lora, headers_only=settings.headers_only)), checkpoint)
         for name, checkpoint in opened.items()
     }
     parts = recipe.part.slices or [_whole(recipe, method, stored)]
@@ -92,8 +93,8 @@ def plan_mergekit(
     )  # fmt: skip
 
 
-def _open(name: ModelName, file: Path, *, headers_only: bool) -> Checkpoint:
-    source = resolve(name.model, headers_only=headers_only)
+def _open(name: ModelName, file: Path, *, headers_only: bool, tokenizer: bool) -> Checkpoint:
+    source = resolve(name.model, headers_only=headers_only, tokenizer=tokenizer)
     if source.is_adapter:
         raise InputError(f"{name.model} is an adapter", file=file, remedy=f"name its base, too: BASE+{name.model}")
     return Checkpoint.open(source)

@@ -105,10 +105,19 @@ class Pipeline:
             return None
         return self.folder / (f"{step.name}.json" if step.word == "eval" else step.name)
 
-    def key(self, step: Step, outputs: Mapping[str, Path]) -> str:
-        """Return a digest of all that decides a step's result: its words, its options, the contents of its inputs."""
+    def key(self, step: Step, outputs: Mapping[str, Path], *, headers_only: bool = False) -> str:
+        """Return a digest of all that decides a step's result: its words, its options, the contents of its inputs.
+
+        Args:
+            step: one of these.
+            outputs: what earlier steps made.
+            headers_only: of models of the Hub that are not here fetch headers alone, which give the same key.
+        """
         inputs = {"": step.given, **{name: [str(step.options[name])] for name in INPUTS & set(step.options)}}
-        contents = {name: [self._content(step, meant(w, outputs)) for w in words] for name, words in inputs.items()}
+        contents = {
+            name: [self._content(step, meant(word, outputs), headers_only=headers_only) for word in words]
+            for name, words in inputs.items()
+        }
         for name in _FILES:
             given = step.options.get(name) or []
             contents[name] = [self.state.content(Path(one)) for one in given if Path(one).exists()]
@@ -144,13 +153,13 @@ class Pipeline:
         report = getattr(made, "report", None)
         self.state.record(step.name, key, place, report.numbers if report else {}, None)
 
-    def _content(self, step: Step, word: str) -> Any:
+    def _content(self, step: Step, word: str, *, headers_only: bool) -> Any:
         """Return what identifies an input, with the base that it names itself if the step names none."""
         place = Path(word).expanduser()
         if not place.exists():
             if step.word == "push" or not is_hub_id(word):
                 return None  # a file that is missing, which the command says
-            source = resolve(word)
+            source = resolve(word, headers_only=headers_only)
             return f"{source.repo_id}@{source.revision}"
         content, source = self.state.content(place), Source(word, place)
         if "base" in step.options or not source.is_adapter or source.base_model is None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from basiscli.checkpoints.header import encode_header
 from basiscli.checkpoints.layout import METADATA, Layout
@@ -15,6 +16,7 @@ from basiscli.checkpoints.sidecars import sidecar_files
 from basiscli.checkpoints.source import ADAPTER_CONFIG
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.merge_plan import ADAPTER_FILE
+from basiscli.engine.pricing import Price, price_of
 from basiscli.recipes.pipeline import Pipeline, inputs_of, of_step, words_of
 from basiscli.recipes.steps import Step
 
@@ -30,12 +32,21 @@ class StepPlan:
     read_bytes: int | None = None
     write_bytes: int | None = None
     peak_bytes: int | None = None
+    price: Price | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return vars(self) | {
+            "path": None if self.path is None else str(self.path),
+            "price": None if self.price is None else self.price.as_dict(),
+        }
 
 
 def price(pipeline: Pipeline) -> list[StepPlan]:
     """Return what every step would cost, and write nothing.
 
-    Where steps take what others would make, they are planned on folders of headers without data.
+    Where steps take what others would make, they are planned on folders of headers without data; of models of the Hub
+    that are not here, headers alone are fetched.
     """
     plans = []
     outputs: dict[str, Path] = {}
@@ -45,7 +56,9 @@ def price(pipeline: Pipeline) -> list[StepPlan]:
         for step in pipeline.steps:
             place = pipeline.place(step)
             takes = {word.partition("/")[0] for word in words_of(step)}
-            done = not takes & undone and pipeline.state.is_done(step.name, pipeline.key(step, outputs), place)
+            done = not takes & undone and pipeline.state.is_done(
+                step.name, pipeline.key(step, outputs, headers_only=True), place
+            )
             shadow = Path(scratch) / step.name
             plan = None if done or takes & unknown else _priced(step, place, outputs, shadow)
             plans.append(plan or StepPlan(step.name, step.word, place, done))
@@ -63,7 +76,7 @@ def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow:
     given, options = inputs_of(step, outputs)
     planner = step.command.load(step.command.planner)
     with of_step(step):
-        planned = planner(given if step.word == "merge" else given[0], output=shadow, **options)
+        planned = planner(given if step.word == "merge" else given[0], output=shadow, headers_only=True, **options)
     planned.close()
     layout: Layout = planned.layout
     model = planned.reference if step.word == "merge" else getattr(planned, "model", None)
@@ -74,7 +87,8 @@ def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow:
     if read is None and model is not None:
         read = sum(tensor.nbytes for tensor in model.tensors.values())
     write = getattr(planned, "expected_bytes", layout.nbytes)
-    return StepPlan(step.name, step.word, place, False, read, write, getattr(planned, "peak_bytes", None))
+    peak = getattr(planned, "peak_bytes", None)
+    return StepPlan(step.name, step.word, place, False, read, write, peak, price_of(planned))
 
 
 def _hollow(layout: Layout, model: Checkpoint, rank: int | None, folder: Path) -> None:

@@ -6,14 +6,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import Result
 
 import basiscli
 from basiscli.checkpoints.header import encode_header, read_header
+from basiscli.engine.kv_plan import KVPlan
 from basiscli.engine.merge_plan import MergePlan
-from basiscli.engine.pricing import init_price, merge_price
+from basiscli.engine.pricing import init_price, kv_price, merge_price
 from basiscli.errors import InputError, UsageError
 from tests.conftest import LLAMA
 
@@ -111,6 +113,38 @@ def test_operations_of_calibration_by_hand(tmp_path: Path, method: str, exact: b
     products = tokens * (2 * m * n + n**2)  # of two inputs one is a moment of its own
     vectors = (11 * n**3 + 4 * n**2 * rank) / 2 if method == "eva" else 2 * m * n**2 + 9 * n**3 + 2 * m * n * rank
     assert math.isclose(init_price(plan).flops, products + vectors)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_operations_of_a_compressed_cache_by_hand(tmp_path: Path, tied: bool) -> None:
+    """Each token of a training step passes three times: dense, projected, and back to the activations."""
+    vocabulary, hidden, inner, length = 1000, 64, 256, 128
+    model = headers(
+        tmp_path / "model",
+        {"model.embed_tokens.weight": (vocabulary, hidden), "model.layers.0.mlp.up_proj.weight": (inner, hidden)}
+        | ({} if tied else {"lm_head.weight": (vocabulary, hidden)}),
+    )
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": hidden}
+    (model / "config.json").write_text(json.dumps(LLAMA | shape))
+    options = {"output": tmp_path / "out", "length": length, "workers": 1, "headers_only": True}
+
+    def plan(**more: Any) -> KVPlan:
+        return basiscli.plan_compress(model, kv_ratio=0.5, **options, **more)
+
+    token = 2 * (vocabulary * hidden + inner * hidden)
+    statistics = 2 * inner * hidden * length * 64  # without logits
+    untrained = plan(train_steps=0, search="spectrum")
+    assert math.isclose(kv_price(untrained).flops, statistics)
+    trained = plan(train_steps=10, batch=3, search="uniform")
+    assert math.isclose(kv_price(trained).flops, statistics + 3 * token * 10 * 3 * length)
+    searched = plan(train_steps=0)
+    rounds = 15 * (4 * 5 + 8) + 3 * 8  # of windows: four a round, five times, and eight held out; these to begin with
+    assert math.isclose(kv_price(searched).flops, statistics + token * length * rounds)
+    weights = 4 * (vocabulary * hidden * (1 if tied else 2) + inner * hidden)
+    kept = 4 * (4 * vocabulary + 8 * hidden + 4 * inner) * length
+    assert untrained.peak_bytes == weights + kept
+    assert trained.peak_bytes == weights + 3 * kept
+    assert searched.peak_bytes == weights + 4 * kept + 8 * length * 4 * vocabulary
 
 
 def test_more_workers_take_less_time(family: dict[str, Path], tmp_path: Path) -> None:

@@ -58,7 +58,13 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any] | str, name: str = "rec
 
 
 def write_llama(
-    folder: Path, seed: int, tokens: Sequence[str] = (), *, rows: int | None = None, chat: str | None = None
+    folder: Path,
+    seed: int,
+    tokens: Sequence[str] = (),
+    *,
+    rows: int | None = None,
+    chat: str | None = None,
+    **config: Any,
 ) -> Any:
     """Write a tiny Llama with the byte tokenizer and some more tokens (special where written `<|…|>`)."""
     tokenizer = _copy(byte_tokenizer(), folder)
@@ -66,7 +72,7 @@ def write_llama(
     tokenizer.chat_template = chat
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = llama(vocab_size=rows or len(tokenizer), pad_token_id=None).eval()
+        model = llama(vocab_size=rows or len(tokenizer), pad_token_id=None, **config).eval()
     save_model(folder, model, tokenizer=False)
     tokenizer.save_pretrained(folder)
     return model

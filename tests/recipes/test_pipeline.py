@@ -457,6 +457,7 @@ def test_a_dry_run_prices_every_step_and_writes_nothing(here: Path, basis: Calla
             size = sum(file.stat().st_size for file in (here / "work" / name).rglob("*.safetensors"))
             assert plan["write_bytes"] == size
             assert plan["read_bytes"] > 0 and plan["peak_bytes"] > 0
+            assert plan["price"]["write_bytes"] == size and plan["price"]["seconds"] > 0
 
     before = snapshot(here)
     assert all(plan.done_before for plan in price(pipeline(here, steps)))
