@@ -41,8 +41,9 @@ def working_dtype(device: torch.device, tensors: Iterable[TensorSpec]) -> torch.
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says so; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    """Return whether an error says so; the CPU's allocator and the GPU's libraries raise a plain RuntimeError."""
+    said = ("allocate memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def keep_small_blocks() -> None:

@@ -3,11 +3,15 @@
 A GPU is several times faster with a dozen matrices of a few hundred rows at once than with one after another (torch
 from 2.12 on, whose `eigh` is cuSOLVER's batched one). Threads that go in step wait for each other where they want
 eigenvectors, so that what a task does with a matrix is written as if there were no other.
+
+Batched decompositions of GPUs have been wrong without saying so (pytorch issues 94772, 105359 and 192483; cupy issue
+4847). What a GPU returns is therefore tried on a few vectors, and where it does not hold the CPU's is taken.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +19,8 @@ import torch
 from torch import Tensor
 
 Decomposition = tuple[Tensor, Tensor]
+_CHECKED = frozenset({"cuda"})  # LAPACK's need no check
+_PROBES = 4
 
 
 class _Here(threading.local):
@@ -32,7 +38,41 @@ def eigh(matrix: Tensor) -> Decomposition:
     Returns:
         Eigenvalues [..., n], the smallest first, and eigenvectors [..., n, n], one a column.
     """
-    return torch.linalg.eigh(matrix) if _here.eigh is None else _here.eigh(matrix)
+    return _decomposed(matrix) if _here.eigh is None else _here.eigh(matrix)
+
+
+def _decomposed(matrix: Tensor) -> Decomposition:
+    if matrix.device.type not in _CHECKED:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        if _holds(matrix, values, vectors):
+            return values, vectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    warnings.warn(
+        f"the eigenvectors of {list(matrix.shape)} from {matrix.device} are wrong; the CPU's are taken", stacklevel=2
+    )
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
+def _holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Return whether A V = V Λ and VᵀV = I for all matrices, as far as random vectors show: n² beside the work's n³."""
+    if not values.numel():
+        return True
+    x = torch.randn(
+        *values.shape, _PROBES, dtype=matrix.dtype, device=matrix.device,
+        generator=torch.Generator(matrix.device).manual_seed(0),
+    )  # fmt: skip
+    scale = values.abs().amax(-1)[..., None].clamp_min(torch.finfo(values.dtype).tiny)
+    turned, lower = vectors @ x, matrix.tril().div_(scale[..., None])
+    product = lower @ turned + lower.mT @ turned - lower.diagonal(dim1=-2, dim2=-1)[..., None] * turned
+    slack = 64 * max(values.shape[-1], 64) * torch.finfo(matrix.dtype).eps * x.norm(dim=(-2, -1))
+    solved = (product - vectors @ ((values / scale)[..., None] * x)).norm(dim=(-2, -1)) <= slack
+    orthogonal = (vectors.mT @ turned - x).norm(dim=(-2, -1)) <= slack
+    return bool((solved & orthogonal).all())
 
 
 class GivenUp(Exception):
@@ -93,7 +133,7 @@ class Step:
             alike.setdefault((matrix.shape, matrix.dtype), []).append(number)
         try:
             for numbers in alike.values():
-                values, vectors = torch.linalg.eigh(torch.stack([self._wanted.pop(number) for number in numbers]))
+                values, vectors = _decomposed(torch.stack([self._wanted.pop(number) for number in numbers]))
                 self._found |= {number: (values[at], vectors[at]) for at, number in enumerate(numbers)}
         except BaseException:  # this thread's to tell; the others wait for what will not come
             self._given_up = True

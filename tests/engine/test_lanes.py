@@ -15,6 +15,7 @@ import torch
 
 import basiscli
 from basiscli.engine import lanes
+from basiscli.engine.devices import ran_out_of_memory
 from basiscli.engine.lanes import devices_of, exact_arithmetic, room_bytes
 from basiscli.engine.local import Silent, Task, Threads
 from basiscli.engine.room import Room
@@ -85,6 +86,21 @@ def test_what_does_not_fit_a_device_is_done_on_the_cpu() -> None:
     assert len(done) == 3 and run.where == ["cpu"] * 3
     assert run.device == torch.device("meta"), "the run itself keeps its device"
     assert sum("was done on the CPU" in text for text in engine.notes) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXsyevBatched`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"), False),
+    ],
+)
+def test_how_a_lack_of_memory_is_told(error: BaseException, said: bool) -> None:
+    assert ran_out_of_memory(error) is said
 
 
 def test_what_fits_nowhere_is_an_error() -> None:

@@ -158,3 +158,95 @@ def test_giving_up_from_outside() -> None:
     assert not ended.is_set()
     step.give_up()
     assert ended.wait(10)
+
+
+# What a GPU returns ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eigen, "_CHECKED", frozenset({"cpu"}))
+
+
+LOW_RANK = symmetric(1, 200, 3)
+SOUND = {
+    "one number": symmetric(0, 1, 1),
+    "ordinary": symmetric(0, 300, 300),
+    "a batch": symmetric(0, 3, 40, 40),
+    "low rank": LOW_RANK,
+    "huge beside tiny": LOW_RANK * 1e200 + symmetric(2, 200, 200) * 1e180,
+    "nothing": torch.zeros(50, 50, dtype=torch.float64),
+    "one value": torch.eye(50, dtype=torch.float64),
+    "float32": symmetric(0, 64, 64).float(),
+    "empty": torch.zeros(0, 0, dtype=torch.float64),
+    "no matrices": torch.zeros(0, 4, 4, dtype=torch.float64),
+}
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+@pytest.mark.parametrize("name", SOUND)
+def test_what_holds_is_taken(batches: list[tuple[int, ...]], name: str) -> None:
+    matrix = SOUND[name]
+    above = torch.randn(matrix.shape, dtype=matrix.dtype).triu(1)  # is not read
+    values, vectors = eigh(matrix.tril() + above)
+    assert batches == [tuple(matrix.shape)], "decomposed once"
+    scale = float(values.abs().max()) if values.numel() else 0.0
+    error = (matrix @ vectors - vectors * values[..., None, :]).abs()
+    assert not error.numel() or float(error.max()) <= 1e3 * torch.finfo(matrix.dtype).eps * scale
+
+
+WRONG: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "the diagonal and the identity": lambda a, w, v: (a.diagonal(dim1=-2, dim2=-1), torch.eye(60).to(v).expand_as(v)),
+    "two columns the same": lambda a, w, v: (w, torch.cat([v[..., :1], v[..., :-1]], -1)),
+    "a column of another length": lambda a, w, v: (w, v * (1 + 1e-6 * torch.eye(60)[7]).to(v)),
+    "values in another order": lambda a, w, v: (w.flip(-1), v),
+    "one value": lambda a, w, v: (w * (1 + 1e-6 * torch.eye(60)[-1]).to(w), v),
+    "not a number": lambda a, w, v: (w, v.clone().fill_(torch.nan)),
+    "one of a batch": lambda a, w, v: (w, torch.cat([v[:1], v[1:] + 1e-6])),
+}
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_hold_is_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    matrix, plain, calls = symmetric(0, 2, 60, 60), torch.linalg.eigh, []
+
+    def first_wrong(given: Tensor) -> Any:
+        calls.append(given)
+        return plain(given) if len(calls) > 1 else WRONG[name](given, *plain(given))
+
+    monkeypatch.setattr(torch.linalg, "eigh", first_wrong)
+    with pytest.warns(UserWarning, match=r"\[2, 60, 60\] from cpu are wrong"):
+        values, vectors = eigh(matrix)
+    torch.testing.assert_close((values, vectors), tuple(plain(matrix)), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+def test_what_fails_there_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, plain, calls = symmetric(0, 9, 9), torch.linalg.eigh, []
+
+    def first_fails(given: Tensor) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+        return plain(given)
+
+    monkeypatch.setattr(torch.linalg, "eigh", first_fails)
+    with pytest.warns(UserWarning, match="the CPU's are taken"):
+        assert torch.equal(eigh(matrix)[0], plain(matrix)[0])
+    with pytest.raises(torch.linalg.LinAlgError):
+        eigh(torch.full((3, 3), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+def test_batches_of_a_step_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.Size] = []
+    holds = eigen._holds
+
+    def noting(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+        tried.append(matrix.shape)
+        return holds(matrix, values, vectors)
+
+    monkeypatch.setattr(eigen, "_holds", noting)
+    in_step(*(lambda n=n: eigh(symmetric(n, 6, 6)) for n in range(3)))
+    assert tried == [torch.Size([3, 6, 6])]
