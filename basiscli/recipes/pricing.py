@@ -83,12 +83,9 @@ def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow:
     if model is not None and layout.shards:
         rank = planned.adapter_rank if step.word == "merge" else getattr(planned, "rank", None)
         _hollow(layout, model, rank, shadow)
-    read = getattr(planned, "read_bytes", None)
-    if read is None and model is not None:
-        read = sum(tensor.nbytes for tensor in model.tensors.values())
-    write = getattr(planned, "expected_bytes", layout.nbytes)
-    peak = getattr(planned, "peak_bytes", None)
-    return StepPlan(step.name, step.word, place, False, read, write, peak, price_of(planned))
+    found = price_of(planned)
+    read, write = (None, layout.nbytes) if found is None else (found.read_bytes, found.write_bytes)
+    return StepPlan(step.name, step.word, place, False, read, write, getattr(planned, "peak_bytes", None), found)
 
 
 def _hollow(layout: Layout, model: Checkpoint, rank: int | None, folder: Path) -> None:
