@@ -250,3 +250,17 @@ def test_batches_of_a_step_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(eigen, "_holds", noting)
     in_step(*(lambda n=n: eigh(symmetric(n, 6, 6)) for n in range(3)))
     assert tried == [torch.Size([3, 6, 6])]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (64, 64), (576, 576), (2048, 2048), (16, 256, 256), (3, 1024, 1024)], ids=str
+)
+@pytest.mark.parametrize("rank", [8, None])
+def test_a_gpus_are_those_of_the_cpu(shape: tuple[int, ...], rank: int | None) -> None:
+    """No warning, which would be an error here: what the GPU returned was taken."""
+    matrix = symmetric(0, *shape[:-1], rank or shape[-1])
+    values, vectors = eigh(matrix.cuda())
+    torch.testing.assert_close(values.cpu(), torch.linalg.eigvalsh(matrix), rtol=1e-10, atol=1e-8)
+    rebuilt = (vectors * values[..., None, :]) @ vectors.mT
+    torch.testing.assert_close(rebuilt.cpu(), matrix, rtol=1e-9, atol=1e-8)
