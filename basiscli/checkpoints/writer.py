@@ -119,7 +119,8 @@ class PartialOutput(Shards):
         """
         super().__init__(out, layout)
         self.finished: dict[str, dict[str, Any]] = {}
-        self._left: set[str] = set()  # what an earlier run finished
+        self.resumed = 0
+        """Number of pieces of work that an earlier run left finished."""
         self._lock = threading.Lock()
         self._journal = self._lock_journal()
         try:
@@ -130,11 +131,6 @@ class PartialOutput(Shards):
         except OSError as error:
             self.close()
             raise _disk_error(error, self.folder) from error
-
-    @property
-    def resumed(self) -> int:
-        """Number of pieces of work that an earlier run left finished, and this one has not done again."""
-        return len(self._left)
 
     def allocate(self, layout: Layout) -> None:
         """Make the files of an output whose shapes only the work itself could tell; it had an empty layout before.
@@ -167,7 +163,6 @@ class PartialOutput(Shards):
             if written < len(line):
                 raise _disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self.folder / JOURNAL)
             self.finished[key] = entry
-            self._left.discard(key)
 
     def commit(self, files: Mapping[str, bytes], *, overwrite: bool) -> None:
         """Check the shards' structure, add the other files, sync everything and give the folder its name."""
@@ -255,7 +250,7 @@ class PartialOutput(Shards):
             self.finished[entry.pop("key")] = entry
         if lines[-1]:
             os.write(self._journal, b"\n")  # so that the next line does not join the broken one
-        self._left = set(self.finished)
+        self.resumed = len(self.finished)
         return True
 
     def _begin(self, fingerprint: str) -> None:
