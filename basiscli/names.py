@@ -51,6 +51,11 @@ def format_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def format_count(count: int, thing: str) -> str:
+    """Return '1 worker' or '2 workers'."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def for_json(value: Any) -> Any:
     """Return plain data with the words 'nan', 'inf' and '-inf' in the place of numbers that JSON does not have."""
     if isinstance(value, Mapping):

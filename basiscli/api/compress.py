@@ -133,7 +133,7 @@ def plan_compress(model: str | Path = ".", **options: Unpack[CompressOptions]) -
 def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
-    refuse_headers_only(plan.settings)
+    refuse_headers_only(plan.settings.headers_only)
     from basiscli.checkpoints.kv_file import BASES_FILE
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT

@@ -95,7 +95,7 @@ def plan_adapter(adapter: str | Path, *, bases: int, **options: Unpack[NolaOptio
 def run_adapter(plan: NolaPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
-    refuse_headers_only(plan.settings)
+    refuse_headers_only(plan.settings.headers_only)
     from basiscli.checkpoints.writer import REPORT
     from basiscli.engine.devices import choose_device
     from basiscli.engine.nola_run import NolaRun

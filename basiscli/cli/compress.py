@@ -207,14 +207,13 @@ def _summary(report: Report) -> str:
 def _plan_document(plan: KVPlan) -> dict[str, Any]:
     from basiscli.engine.pricing import kv_price
 
-    count = plan.shape.layers * 2 * plan.shape.heads * plan.shape.levels
     return {
         "output": str(plan.out),
         "method": plan.method.name,
         "parameters": plan.values.model_dump(mode="json"),
         "model": plan.model.source.spec,
         "kv_ratio": plan.ratio,
-        "kept": plan.budget / count,
+        "kept": plan.kept,
         "layers": plan.shape.layers,
         "kv_heads": plan.shape.heads,
         "head_dim": plan.shape.dim,
@@ -232,11 +231,10 @@ def _show_plan(out: Output, plan: KVPlan) -> None:
     from basiscli.engine.pricing import kv_price
     from basiscli.names import format_size
 
-    table = _plan_document(plan)
     out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
     out.line(
         f"{plan.shape.layers} layers of {plan.shape.heads} KV heads of {plan.shape.dim} dimensions: "
-        f"removed {1 - table['kept']:.1%}, kept {table['kept']:.1%}, {table['kept'] * plan.shape.dim:.1f} dims a head"
+        f"removed {1 - plan.kept:.1%}, kept {plan.kept:.1%}, {plan.kept * plan.shape.dim:.1f} dims a head"
     )
     for note in [*plan.notes, *_forecast(plan)]:
         out.line(f"note: {note}")

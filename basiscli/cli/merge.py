@@ -157,7 +157,7 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
 
 def _show_plan(out: Output, plan: MergePlan) -> None:
     from basiscli.engine.pricing import merge_price
-    from basiscli.names import format_size
+    from basiscli.names import format_count, format_size
 
     parameters = "".join(f" {name}={value}" for name, value in plan.parameters.items())
     out.line(f"{plan.method.name}{parameters} → {plan.out}")
@@ -170,7 +170,7 @@ def _show_plan(out: Output, plan: MergePlan) -> None:
     out.line()
     for note in plan.notes:
         out.line(f"note: {note}")
-    workers = f"{plan.settings.workers} worker{'' if plan.settings.workers == 1 else 's'}"
+    workers = format_count(plan.settings.workers, "worker")
     scratch = f", scratch {format_size(plan.scratch_bytes)}" if plan.scratch_bytes else ""
     out.line(
         f"read {format_size(plan.read_bytes)}, write {format_size(plan.write_bytes)}{scratch}, "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from basiscli.engine.local import Engine, Threads
 from basiscli.errors import UsageError
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from basiscli.engine.partial import Plan
 
 EngineName = Literal["local", "ray"]
-
-
-class _Priced(Protocol):
-    @property
-    def headers_only(self) -> bool:
-        """Whether the weights may be missing."""
 
 
 class EngineOptions(TypedDict, total=False):
@@ -86,13 +80,13 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device("cpu" if settings.device == "auto" else settings.device)
 
 
-def refuse_headers_only(settings: _Priced) -> None:
+def refuse_headers_only(headers_only: bool) -> None:
     """Refuse to carry out a plan that was made to be priced.
 
     Raises:
         UsageError: it was.
     """
-    if settings.headers_only:
+    if headers_only:
         raise UsageError("a plan on headers alone can be priced and not carried out", remedy="leave out headers_only")
 
 
@@ -103,7 +97,7 @@ def engine_of(plan: Plan, settings: Settings) -> Iterator[Engine]:
     Raises:
         UsageError: the plan was made to be priced.
     """
-    refuse_headers_only(settings)
+    refuse_headers_only(settings.headers_only)
     if settings.cluster is None:
         from basiscli.engine.lanes import devices_of
 

@@ -273,8 +273,7 @@ def plan_init(
         notes,
     )  # fmt: skip
     _check_ranks(plan)
-    if not settings.headers_only:
-        check_disk(place, plan.expected_bytes if energy is None else 0)
+    check_disk(place, plan.expected_bytes if energy is None else 0, headers_only=settings.headers_only)
     return plan
 
 

@@ -117,9 +117,14 @@ class KVPlan:
         return self.train_steps * self.settings.batch * self.settings.length
 
     @property
+    def kept(self) -> float:
+        """Share of all levels that stays."""
+        return self.budget / (math.prod(self.shape.entries) * self.shape.levels)
+
+    @property
     def searches(self) -> bool:
         """Whether ranks will be searched by their effect on the model."""
-        return self.settings.search == "greedy" and self.budget < math.prod(self.shape.entries) * self.shape.levels
+        return self.settings.search == "greedy" and self.kept < 1
 
     @property
     def folds(self) -> bool:
@@ -224,8 +229,7 @@ def plan_kv(
         notes.append(f"the bases of {source.label} are used as they are; only the ranks are searched")
     plan = KVPlan(place, model, method, values, ratio, budget, shape, earlier, layout, settings, notes)
     bases = tensor_bytes("F32", (*shape.entries, shape.dim, shape.dim))
-    if not settings.headers_only:  # where the disk is that such a result would go to, nobody knows
-        check_disk(place, layout.nbytes + 5 * bases)
+    check_disk(place, layout.nbytes + 5 * bases, headers_only=settings.headers_only)
     return plan
 
 

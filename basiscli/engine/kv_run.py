@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -157,10 +156,10 @@ class KVRun:
         """Return the levels that the search finds; those of an interrupted run, if it had found them."""
         plan = self.plan
         shape, levels, budget = plan.shape.entries, plan.shape.levels, plan.budget
-        if plan.settings.search == "uniform" or budget == math.prod(shape) * levels:
-            return uniform(shape, levels, budget)
         if plan.settings.search == "spectrum":
             return spectrum(energy, levels, budget)
+        if not plan.searches:
+            return uniform(shape, levels, budget)
         done = self.output.finished.get("search")
         if done is None:
             held, windows = self._calibration()

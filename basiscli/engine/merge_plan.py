@@ -264,8 +264,7 @@ def plan_opened(
         place, method, choice[0], opened, choice[1], base, history, merged, copied, layout, rank, found, settings,
         recipe,
     )  # fmt: skip
-    if not settings.headers_only:  # where the disk is that such a result would go to, nobody knows
-        check_disk(plan.out, plan.write_bytes + plan.scratch_bytes)
+    check_disk(plan.out, plan.write_bytes + plan.scratch_bytes, headers_only=settings.headers_only)
     return plan
 
 

@@ -150,8 +150,7 @@ def plan_nola(
     rank = rank or max(1, min(adapter.rank, bases // widest))
     plan = NolaPlan(place, adapter, checkpoint, modules, rank, bases, bits, settings, [])
     plan.notes.extend(_notes(plan))
-    if not settings.headers_only:
-        check_disk(place, plan.layout.nbytes)
+    check_disk(place, plan.layout.nbytes, headers_only=settings.headers_only)
     return plan
 
 

@@ -41,8 +41,13 @@ def output_place(out: str | Path, inputs: Iterable[Source], *, overwrite: bool) 
     return place
 
 
-def check_disk(out: Path, needed: int) -> None:
-    """Refuse an output of so many bytes where the disk has no room; what an interrupted run left counts as room."""
+def check_disk(out: Path, needed: int, *, headers_only: bool = False) -> None:
+    """Refuse an output of so many bytes where the disk has no room; what an interrupted run left counts as room.
+
+    Nothing is refused that is planned on headers alone: where the disk is that its result would go to, nobody knows.
+    """
+    if headers_only:
+        return
     parent = next(folder for folder in out.parents if folder.is_dir())
     partial = partial_folder(out)
     taken = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0

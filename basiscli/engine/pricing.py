@@ -19,7 +19,7 @@ from basiscli.engine.kv_plan import SEARCH_BATCH, KVPlan
 from basiscli.engine.merge_plan import MergePlan, Settings, workspace
 from basiscli.engine.partial import Plan
 from basiscli.engine.rates import MEASURED, Rates
-from basiscli.names import format_size
+from basiscli.names import format_count, format_size
 from basiscli.transforms import DataInit
 
 _EIGEN = 9  # operations of a symmetric eigendecomposition with vectors, in n³
@@ -56,11 +56,10 @@ class Price:
     def sentence(self) -> str:
         """Return operations and time as a person reads them."""
         rate = format_size((self.read_bytes + self.write_bytes) / max(self.seconds, 1e-9))
-        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
         fetched = f"download {format_size(self.download_bytes)}, then " if self.download_bytes else ""
         return (
-            f"{fetched}{_operations(self.flops)}: about {self.time} with {workers}, each {self.machine}, "
-            f"on storage of at least {rate}/s"
+            f"{fetched}{_operations(self.flops)}: about {self.time} with {format_count(self.workers, 'worker')}, "
+            f"each {self.machine}, on storage of at least {rate}/s"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How fast one worker of a measured machine is: what `--dry-run` turns bytes and operations into hours with.
 
 From `benchmarks/scale.py` and `benchmarks/scale.py --methods`, whose results are `benchmarks/results/scale.json`:
-processor time of a worker on one core, the start of the command not counted. Storage slower than that sets the pace
-itself.
+processor time of a worker on one core, the start of the command not counted. The rates of running a model are
+from whole commands on SmolLM2, as docs/scale.md has them. Storage slower than that sets the pace itself.
 """
 
 from __future__ import annotations
