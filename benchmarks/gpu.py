@@ -4,7 +4,8 @@ A random bfloat16 checkpoint of Llama-2-7B's shapes and fine-tunes of it, held i
 merges and initialisations against the bandwidth of copies and the rate of matrix products, both measured first, and
 decoding with a whole KV cache and with 40 % of it. With `--layers` less than 32, models of that many layers are
 measured, and the times of 32 said beside them. `--shape tiny --device cpu` runs all of it anywhere, to see that it
-does.
+does. What fails is noted with its traceback, and the rest goes on; the file of results is written anew after each
+measurement, so that a run that is stopped leaves what it had.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ RANK, WINDOWS = 16, 8
 KEPT = 0.4  # of the KV cache: ratio 0.6
 CONTEXTS, BATCHES = (4096, 16_384, 65_536), (1, 8, 32)
 STEPS = 12
+PARTS = ("commands", "decoding", "eigenvectors")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ class Bench:
         self.work = work
         self.deadline = time.monotonic() + args.seconds
         self.layers = min(args.layers, self.shape.layers, self._fitting())
+        self.output: Path = args.output
         self.rows: list[dict[str, Any]] = []
+        self.eigenvectors: list[dict[str, Any]] = []
+        self.decoded: list[dict[str, Any]] = []
+        self.failures: dict[str, str] = {}
         self.peaks: dict[str, float] = {}
 
     def _fitting(self) -> int:
@@ -126,6 +133,25 @@ class Bench:
         """Return the seconds that are left."""
         return self.deadline - time.monotonic()
 
+    def attempt(self, what: str, do: Callable[[], Any]) -> Any:
+        """Do one measurement; note how it failed, and write down what is known by now."""
+        try:
+            return do()
+        except Exception as error:
+            self.failures[what] = traceback.format_exc()
+            print(f"| {what} | FAILED: {type(error).__name__}: {str(error).splitlines()[0][:200]} |", flush=True)
+            return None
+        finally:
+            self.save()
+
+    def save(self) -> None:
+        """Write what was measured so far."""
+        result = {
+            "machine": machine(self.device), "peaks": self.peaks, "eigenvectors": self.eigenvectors,
+            "commands": self.rows, "decoding": self.decoded, "failures": self.failures,
+        }  # fmt: skip
+        self.output.write_text(json.dumps(result, indent=1) + "\n")
+
     # Peaks ------------------------------------------------------------------------------------------------------------
 
     def measure_peaks(self) -> None:
@@ -151,9 +177,8 @@ class Bench:
         do()
         return min(self.timed(do) for _ in range(5))
 
-    def measure_batches(self) -> list[dict[str, Any]]:
+    def measure_batches(self) -> None:
         """Time the eigenvectors of a matrix alone and in batches: what `engine.batches` rests on."""
-        rows = []
         for side in SIDES if self.shape.hidden > 64 else (16,):
             noise = torch.randn(max(TOGETHER), side, side, device=self.device, dtype=torch.float64)
             grams = noise @ noise.mT
@@ -164,11 +189,10 @@ class Bench:
                     break
                 torch.linalg.eigh(grams[:count])
                 times[str(count)] = self.timed(lambda n=count, g=grams: torch.linalg.eigh(g[:n])) / count
-            rows.append({"side": side, "seconds_each": times})
+            self.eigenvectors.append({"side": side, "seconds_each": times})
             cells = [f"{1000 * times[str(count)]:.1f} ms" if str(count) in times else "–" for count in TOGETHER]
             print(f"| {side} | {' | '.join(cells)} |", flush=True)
             del noise, grams
-        return rows
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -195,6 +219,10 @@ class Bench:
             list(pool.map(make, range(len(MODELS))))
         ids = torch.randint(self.shape.vocabulary, (WINDOWS, self.length), generator=torch.Generator())
         save_file({"input_ids": ids}, self.work / "tokens.safetensors")
+
+    def models(self) -> None:
+        """Make the models, and say how long that takes."""
+        print(f"| making the models | {self.timed(self.make_models):.1f} s | | | | | |", flush=True)
 
     # Commands ---------------------------------------------------------------------------------------------------------
 
@@ -239,6 +267,11 @@ class Bench:
         return self.layers * sum(cost(shape) for shape in self.shape.linear().values())
 
     def _command(self, what: str, moved: float, flops: float, dtype: str, do: Callable[[Path], Any]) -> None:
+        self.attempt(what, lambda: self._measure_command(what, moved, flops, dtype, do))
+        for left in self.work.glob("out*"):
+            shutil.rmtree(left)
+
+    def _measure_command(self, what: str, moved: float, flops: float, dtype: str, do: Callable[[Path], Any]) -> None:
         if self.left() < 30:
             print(f"| {what} | no time left |", flush=True)
             return
@@ -246,7 +279,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = self.timed(lambda: do(out))
-        shutil.rmtree(out)
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         copies = moved / seconds / 1e9 / self.peaks["to the device, GB/s"]
         products = flops / seconds / 1e12 / self.peaks[f"products, {dtype}, TFLOP/s"] if flops else None
@@ -266,7 +298,7 @@ class Bench:
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 
-    def decoding(self) -> list[dict[str, Any]]:
+    def decoding(self) -> None:
         """Time decoding steps after contexts that are random numbers in the cache: no prompt has to be read."""
         config = {k: v for k, v in self.shape.config(self.shape.layers).items() if k != "model_type"}
         torch.set_default_dtype(torch.bfloat16)
@@ -278,25 +310,24 @@ class Bench:
         rank = round(KEPT * dim)
         bases = torch.linalg.qr(torch.randn(heads, dim, dim))[0]
         attach(small, [KVProjection(bases, bases, [rank] * heads, [rank] * heads) for _ in range(self.shape.layers)])
-        rows = []
         for context in CONTEXTS if self.shape.hidden > 64 else (64,):
             for batch in BATCHES:
                 whole = 4 * batch * context * self.shape.hidden * self.shape.layers
                 if self.device.type == "cuda" and 1.3 * whole > torch.cuda.mem_get_info()[0]:
                     continue
                 if self.left() < 20:
-                    return rows
+                    return
                 rates = [
                     batch / self._step(model, batch, context, shape)
                     for model, shape in ((dense, (heads, dim)), (small, (1, heads * rank)))
                 ]
-                rows.append({"context": context, "batch": batch, "dense": rates[0], "kv0.6": rates[1]})
+                self.decoded.append({"context": context, "batch": batch, "dense": rates[0], "kv0.6": rates[1]})
                 print(
                     f"| {context} | {batch} | {whole / 1e9:.1f} GB | {rates[0]:.1f} | {rates[1]:.1f} | "
                     f"{rates[1] / rates[0]:.2f} |",
                     flush=True,
                 )
-        return rows
+                self.save()
 
     @torch.inference_mode()
     def _step(self, model: Any, batch: int, context: int, shape: tuple[int, int]) -> float:
@@ -330,6 +361,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", choices=SHAPES, default="7B")
     parser.add_argument("--layers", type=int, default=8, help="of the merged models; 32 is a whole 7B")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     parser.add_argument("--seconds", type=float, default=540, help="what does not fit is left out")
     parser.add_argument("--work", type=Path, default=Path("/dev/shm"), help="where the models lie meanwhile")
     args = parser.parse_args()
@@ -337,30 +369,31 @@ def main() -> None:
     try:
         bench = Bench(args, work)
         print(json.dumps(machine(bench.device)) + "\n\n| what | rate |\n|---|---|")
-        bench.measure_peaks()
-        columns = " | ".join(f"each of {count}" for count in TOGETHER)
-        print(f"\n| eigenvectors of side, float64 | {columns} |\n|---|{'---|' * len(TOGETHER)}")
-        eigenvectors = bench.measure_batches()
-        print(
-            "\n| context | batch | whole cache | tokens/s, whole | tokens/s, 40 % | ratio |\n|---|---|---|---|---|---|"
-        )
-        decoding = bench.decoding()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(
-            f"\n| {bench.layers} layers | time | all layers | read and written | of copies | of products | GPU memory |"
-            "\n|---|---|---|---|---|---|---|"
-        )
-        print(f"| making the models | {bench.timed(bench.make_models):.1f} s | | | | | |", flush=True)
-        bench.merges()
-        bench.inits()
-        result = {
-            "machine": machine(bench.device), "peaks": bench.peaks, "eigenvectors": eigenvectors,
-            "commands": bench.rows, "decoding": decoding,
-        }  # fmt: skip
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        bench.attempt("peaks", bench.measure_peaks)
+        if "commands" in args.parts:
+            print(
+                f"\n| {bench.layers} layers | time | all layers | read and written | of copies | of products "
+                "| GPU memory |\n|---|---|---|---|---|---|---|"
+            )
+            bench.attempt("models", bench.models)
+            bench.merges()
+            bench.inits()
+        if "decoding" in args.parts:
+            print(
+                "\n| context | batch | whole cache | tokens/s, whole | tokens/s, 40 % | ratio |"
+                "\n|---|---|---|---|---|---|"
+            )
+            bench.attempt("decoding", bench.decoding)
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if "eigenvectors" in args.parts:
+            columns = " | ".join(f"each of {count}" for count in TOGETHER)
+            print(f"\n| eigenvectors of side, float64 | {columns} |\n|---|{'---|' * len(TOGETHER)}")
+            bench.attempt("eigenvectors", bench.measure_batches)
     finally:
         shutil.rmtree(work)
+    if bench.failures:
+        raise SystemExit("\n".join(bench.failures.values()))
 
 
 if __name__ == "__main__":

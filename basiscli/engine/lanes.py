@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 _SHARE = 0.8  # of a GPU's free memory: workspaces are estimates, and libraries take some for themselves
+_loading = threading.Lock()
 
 
 def devices_of(device: torch.device) -> list[torch.device]:
@@ -23,8 +25,18 @@ def room_bytes(device: torch.device | None, least: int) -> int:
     """Return the memory that tasks may take together on a device: on a CPU the least that is always there."""
     if device is None or device.type != "cuda":
         return least
+    torch.cuda.empty_cache()  # what an earlier run's streams left in torch's keeping is free, too
     free, _ = torch.cuda.mem_get_info(device)
     return int(_SHARE * free)
+
+
+def _load_linear_algebra() -> None:
+    """Have torch load a GPU's linear algebra: it does on first use, and fails where two threads come at once.
+
+    "lazy wrapper should be called at most once" is all that the second thread is told (torch 2.11, on an H100).
+    """
+    with _loading:
+        torch.linalg.eigvalsh(torch.eye(2, device="cuda"))
 
 
 @contextmanager
@@ -34,6 +46,7 @@ def on_device(device: torch.device | None) -> Iterator[None]:
         yield
         return
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        _load_linear_algebra()
         yield
 
 

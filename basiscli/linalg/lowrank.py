@@ -9,6 +9,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+_BLOCKS_TOGETHER = {"cuda": 64}
+"""Blocks of vectors that are multiplied at once: one stays in a CPU's cache, a GPU needs many to be worth a launch."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -85,12 +88,18 @@ def gram(vectors: list[Tensor], block: int = 1 << 16, *, origin: Tensor | None =
     Products are taken in the vectors' own dtype a block at a time and the blocks summed in float64: as fast as float32,
     with an error that does not grow with the length.
     """
+    length = vectors[0].numel()
     total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
-    for begin in range(0, vectors[0].numel(), block):
-        part = torch.stack([v[begin : begin + block] for v in vectors])
+    together, begin = _BLOCKS_TOGETHER.get(vectors[0].device.type, 1), 0
+    while begin < length:
+        count = min(together, max(1, (length - begin) // block))
+        end = min(begin + count * block, length)
+        part = torch.stack([v[begin:end].reshape(count, -1) for v in vectors], 1)
         if origin is not None:
-            part -= origin[begin : begin + block]
-        total += (part @ part.mT).double()
+            part -= origin[begin:end].reshape(count, 1, -1)
+        products = part @ part.mT if count > 1 else (part[0] @ part[0].mT)[None]
+        total += products.sum(0, dtype=torch.float64)
+        begin = end
     return total
 
 

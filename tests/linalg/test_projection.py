@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from basiscli.linalg import projection
+from basiscli.linalg import lowrank, projection
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.linalg.projection import leading_count, project_and_add
 from tests.plugins.reference_ortho import clean
@@ -97,6 +97,15 @@ def test_gram_matrix_is_as_good_as_float64() -> None:
     vectors = [normal(seed, 200_003) for seed in range(3)]
     stacked = torch.stack(vectors).double()
     torch.testing.assert_close(gram(vectors), stacked @ stacked.mT, rtol=1e-6, atol=1e-2)
+
+
+def test_blocks_are_multiplied_together_as_a_gpu_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, origin = [normal(seed, 10_007) for seed in range(3)], normal(9, 10_007)
+    one_at_a_time = gram(vectors, 100, origin=origin)
+    monkeypatch.setattr(lowrank, "_BLOCKS_TOGETHER", {"cpu": 64})
+    torch.testing.assert_close(gram(vectors, 100, origin=origin), one_at_a_time, rtol=1e-6, atol=1e-3)
+    moved = torch.stack(vectors).double() - origin.double()
+    torch.testing.assert_close(one_at_a_time, moved @ moved.mT, rtol=1e-6, atol=1e-2)
 
 
 def test_low_rank_svd_reproduces_the_matrix() -> None:

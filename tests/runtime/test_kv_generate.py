@@ -109,7 +109,9 @@ def test_another_cache_or_schedule_gives_the_same_tokens(dense: Any, way: str) -
 def test_an_offloaded_cache_gives_the_same_tokens(name: str, kind: str) -> None:
     dense = make_dense(name)
     model, ids = compressed(dense, make_cut(dense)).cuda(), texts(2, PROMPT).cuda()
-    assert torch.equal(generated(model, ids, cache_implementation=kind), generated(model, ids, use_cache=False))
+    # Compiled, a cache that copies on streams of its own ends the process (torch 2.11's dynamo, on an H100).
+    found = generated(model, ids, cache_implementation=kind, disable_compile=True)
+    assert torch.equal(found, generated(model, ids, use_cache=False))
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
