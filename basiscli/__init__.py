@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING, Any
 from basiscli.version import __version__
 
 if TYPE_CHECKING:
-    from basiscli.api.compress import CompressResult, compress, plan_compress
-    from basiscli.api.diff import TensorDifference, diff
-    from basiscli.api.evaluate import Evaluation, ModelFigures, evaluate
-    from basiscli.api.expand import ExpandResult, expand
-    from basiscli.api.init import InitResult, extract, init, plan_extract, plan_init
-    from basiscli.api.inspect import Inspection, inspect
-    from basiscli.api.merge import MergeResult, merge, plan_merge
-    from basiscli.api.nola import compress_adapter, plan_adapter
-    from basiscli.api.push import PushResult, push
-    from basiscli.api.report import ReportPage, report
-    from basiscli.api.run import RunResult, plan_run, run
-    from basiscli.api.verify import Verification, verify
-    from basiscli.checkpoints.architecture import Kind
+    from basiscli.commands.diff.api import TensorDifference, diff
+    from basiscli.commands.evaluate.api import Evaluation, ModelFigures, evaluate
+    from basiscli.commands.expand.api import ExpandResult, expand
+    from basiscli.commands.init.api import InitResult, extract, init, plan_extract, plan_init
+    from basiscli.commands.inspect.api import Inspection, inspect
+    from basiscli.commands.kv.api import CompressResult, compress, plan_compress
+    from basiscli.commands.merge.api import MergeResult, merge, plan_merge
+    from basiscli.commands.nola.api import compress_adapter, plan_adapter
+    from basiscli.commands.push.api import PushResult, push
+    from basiscli.commands.report.api import ReportPage, report
+    from basiscli.commands.run.api import RunResult, plan_run, run
+    from basiscli.commands.verify.api import Verification, verify
     from basiscli.errors import BasisError, GateFailed, HubError, InputError, ResourceError, UsageError
-    from basiscli.model_parameters import PerModel, per_model
+    from basiscli.model.architecture import Kind
     from basiscli.reports.schema import Report
     from basiscli.runtime.load import load
     from basiscli.runtime.nola import NolaConfig
@@ -50,23 +49,24 @@ if TYPE_CHECKING:
         TaskVectors,
         transform,
     )
+    from basiscli.transforms.per_model import PerModel, per_model
 
 _HOMES = {
-    "basiscli.api.compress": ["CompressResult", "compress", "plan_compress"],
-    "basiscli.api.diff": ["TensorDifference", "diff"],
-    "basiscli.api.evaluate": ["Evaluation", "ModelFigures", "evaluate"],
-    "basiscli.api.expand": ["ExpandResult", "expand"],
-    "basiscli.api.init": ["InitResult", "extract", "init", "plan_extract", "plan_init"],
-    "basiscli.api.inspect": ["Inspection", "inspect"],
-    "basiscli.api.merge": ["MergeResult", "merge", "plan_merge"],
-    "basiscli.api.nola": ["compress_adapter", "plan_adapter"],
-    "basiscli.api.push": ["PushResult", "push"],
-    "basiscli.api.report": ["ReportPage", "report"],
-    "basiscli.api.run": ["RunResult", "plan_run", "run"],
-    "basiscli.api.verify": ["Verification", "verify"],
-    "basiscli.checkpoints.architecture": ["Kind"],
+    "basiscli.commands.kv.api": ["CompressResult", "compress", "plan_compress"],
+    "basiscli.commands.diff.api": ["TensorDifference", "diff"],
+    "basiscli.commands.evaluate.api": ["Evaluation", "ModelFigures", "evaluate"],
+    "basiscli.commands.expand.api": ["ExpandResult", "expand"],
+    "basiscli.commands.init.api": ["InitResult", "extract", "init", "plan_extract", "plan_init"],
+    "basiscli.commands.inspect.api": ["Inspection", "inspect"],
+    "basiscli.commands.merge.api": ["MergeResult", "merge", "plan_merge"],
+    "basiscli.commands.nola.api": ["compress_adapter", "plan_adapter"],
+    "basiscli.commands.push.api": ["PushResult", "push"],
+    "basiscli.commands.report.api": ["ReportPage", "report"],
+    "basiscli.commands.run.api": ["RunResult", "plan_run", "run"],
+    "basiscli.commands.verify.api": ["Verification", "verify"],
+    "basiscli.model.architecture": ["Kind"],
     "basiscli.errors": ["BasisError", "GateFailed", "HubError", "InputError", "ResourceError", "UsageError"],
-    "basiscli.model_parameters": ["PerModel", "per_model"],
+    "basiscli.transforms.per_model": ["PerModel", "per_model"],
     "basiscli.reports.schema": ["Report"],
     "basiscli.runtime.load": ["load"],
     "basiscli.runtime.nola": ["NolaConfig"],

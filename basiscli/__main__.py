@@ -1,6 +1,6 @@
 """`python -m basiscli`."""
 
-from basiscli.cli import main
+from basiscli.app import main
 
 if __name__ == "__main__":
     main()

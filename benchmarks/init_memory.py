@@ -34,7 +34,7 @@ LEAST_LAYERS = 8
 SHARD_BYTES = 2_000_000_000
 SPIKES = 64  # singular values above those of the noise, as trained weights have
 ROWS = 1024
-IMPORTS = ("torch", "transformers.models.llama.modeling_llama", "accelerate", "basiscli.api.init")
+IMPORTS = ("torch", "transformers.models.llama.modeling_llama", "accelerate", "basiscli.commands.init.api")
 INTERVAL = 0.02
 
 

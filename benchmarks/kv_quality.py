@@ -19,9 +19,9 @@ from kv_picture import draw
 
 from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.kv_file import read_kv_bases
-from basiscli.engine.kv_attention import Projector, set_bases
-from basiscli.engine.kv_search import GreedySearch, spectrum, uniform
-from basiscli.engine.local import Silent
+from basiscli.commands.kv.attention import Projector, set_bases
+from basiscli.commands.kv.search import GreedySearch, spectrum, uniform
+from basiscli.engine.threads import Silent
 from basiscli.registry import Registry
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_tokenizer, load_weights

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import basiscli
-from basiscli.api.demo import model_folder
+from basiscli.commands.demo.api import model_folder
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from basiscli.cli import app
+from basiscli.app import app
 
 if TYPE_CHECKING:
     from tests.hub_server import Hub

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from typer.testing import Result
 
 import basiscli
-from basiscli.engine.kv_run import KVRun
+from basiscli.commands.kv.run import KVRun
 from basiscli.errors import UsageError
 from tests.conftest import full_disk, read_checkpoint, snapshot, write_checkpoint
 from tests.kv_models import llama, make_model, make_text, save_model
@@ -493,5 +493,5 @@ def test_memory_that_runs_out(m: Path, refuse: Refuse, monkeypatch: pytest.Monke
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("basiscli.engine.kv_run.Training.run", fail)
+    monkeypatch.setattr("basiscli.commands.kv.run.Training.run", fail)
     refuse(words(m), RESOURCE, "out of memory", "a smaller --batch or --length")

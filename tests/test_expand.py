@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import basiscli
-from basiscli.api.init import InitResult
+from basiscli.commands.init.api import InitResult
 
 IDS = torch.arange(24)[None] % 60
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basiscli import GateFailed, UsageError
-from basiscli.cli.after import known_numbers
+from basiscli.cli.gates_and_push import known_numbers
 from basiscli.errors import BasisError
 from basiscli.gates import check_gates, failure_of, parse_gate
 from basiscli.registry import Registry

@@ -383,7 +383,7 @@ PASSING: dict[str, list[Fault]] = {
 def test_trouble_that_passes(
     hub: Hub, merged: Path, basis: Basis, waits: list[float], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("basiscli.hub_errors._SILENCE", 0.5)
+    monkeypatch.setattr("basiscli.hub.errors._SILENCE", 0.5)
     hub.faults = [replace(fault) for fault in PASSING[where]]
     result = basis("push", merged, "org/name")
     assert result.exit_code == 0, result.stderr
@@ -494,7 +494,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub: Hub, model: dict[str, b
 def test_a_pull_tries_again(
     hub: Hub, model: dict[str, bytes], waits: list[float], monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr("basiscli.hub_errors._SILENCE", 0.5)
+    monkeypatch.setattr("basiscli.hub.errors._SILENCE", 0.5)
     hub.faults = [fault := replace(fault)]
     assert files_of(resolve("org/name").path) == model
     assert fault.times == 0

@@ -26,7 +26,7 @@ somebody else's may add its own.
 
 def commands() -> str:
     """Return the command reference, as `typer … utils docs` writes it."""
-    words = [sys.executable, "-m", "typer", "basiscli.cli", "utils", "docs", "--name", "basis", "--title", "Commands"]
+    words = [sys.executable, "-m", "typer", "basiscli.app", "utils", "docs", "--name", "basis", "--title", "Commands"]
     text = subprocess.run(words, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True, check=True).stdout
     text = re.sub(r"^\* `([\w -]+)`: .*\.\.\.$", lambda match: _in_full(match, text), text, flags=re.MULTILINE)
     return "\n".join(line.rstrip() for line in text.splitlines()).strip() + "\n"

@@ -120,11 +120,11 @@ def resolve(spec: str, *, headers_only: bool = False, tokenizer: bool = False) -
             remedy="give a folder, a .safetensors, .bin or .gguf file, or a Hub id like org/name@revision",
         )
     if headers_only:
-        from basiscli.hub_headers import pull_headers
+        from basiscli.hub.headers import pull_headers
 
         folder, commit, is_whole = pull_headers(match["repo"], match["revision"], tokenizer=tokenizer)
         return Source(spec, folder, match["repo"], commit, headers_only=not is_whole)
-    from basiscli.hub import pull
+    from basiscli.hub.client import pull
 
     folder, commit = pull(match["repo"], match["revision"])
     return Source(spec, folder, match["repo"], commit)

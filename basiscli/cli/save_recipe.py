@@ -53,7 +53,7 @@ def saved(
 
 
 def _step(command: str, given: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    from basiscli.recipes.steps import schema_of
+    from basiscli.commands.run.steps import schema_of
 
     fields = schema_of(command, options.get("method")).model_fields
     said = {name: _plain(value) for name, value in options.items() if name in fields}

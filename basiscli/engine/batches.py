@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from basiscli.engine.lanes import same_lane
-from basiscli.engine.local import Task
+from basiscli.engine.streams import same_lane
+from basiscli.engine.threads import Task
 from basiscli.linalg.eigen import GivenUp, Step
 
 MOST_MEMBERS = 16

@@ -9,13 +9,13 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from basiscli.engine.local import Engine, Threads
+from basiscli.engine.threads import Engine, Threads
 from basiscli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from basiscli.engine.merge_plan import Settings
+    from basiscli.commands.merge.plan import Settings
     from basiscli.engine.partial import Plan
 
 EngineName = Literal["local", "ray"]
@@ -99,7 +99,7 @@ def engine_of(plan: Plan, settings: Settings) -> Iterator[Engine]:
     """
     refuse_headers_only(settings.headers_only)
     if settings.cluster is None:
-        from basiscli.engine.lanes import devices_of
+        from basiscli.engine.streams import devices_of
 
         yield Threads(settings.workers, devices_of(device_of(settings)), settings.memory, plan.notes)
         return

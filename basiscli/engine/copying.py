@@ -7,7 +7,7 @@ import hashlib
 from basiscli.checkpoints.dtypes import DTYPES, torch_dtype
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.engine.tensor_reader import is_finite
+from basiscli.commands.merge.reader import is_finite
 from basiscli.errors import InputError
 
 BLOCK_ELEMENTS = 1 << 22

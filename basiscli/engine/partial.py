@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.engine.local import Progress
+from basiscli.engine.threads import Progress
 from basiscli.errors import InputError
 from basiscli.version import __version__
 

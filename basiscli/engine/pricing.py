@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from basiscli.checkpoints.adapter import AdapterView
-from basiscli.checkpoints.architecture import Kind, kind_by_name
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.init_plan import InitPlan
-from basiscli.engine.kv_plan import SEARCH_BATCH, KVPlan
-from basiscli.engine.merge_plan import MergePlan, Settings, workspace
+from basiscli.commands.init.plan import InitPlan
+from basiscli.commands.kv.plan import SEARCH_BATCH, KVPlan
+from basiscli.commands.merge.plan import MergePlan, Settings, workspace
 from basiscli.engine.partial import Plan
 from basiscli.engine.rates import MEASURED, Rates
+from basiscli.model.architecture import Kind, kind_by_name
 from basiscli.names import format_count, format_size
 from basiscli.transforms import DataInit
 

@@ -26,8 +26,8 @@ from ray import ObjectRef, exceptions
 from basiscli.checkpoints.writer import Shards
 from basiscli.engine.batches import do_task
 from basiscli.engine.cluster import Cluster
-from basiscli.engine.local import Progress, Silent, Task, Threads, default_workers, largest_first
 from basiscli.engine.partial import Plan
+from basiscli.engine.threads import Progress, Silent, Task, Threads, default_workers, largest_first
 from basiscli.errors import BasisError, InputError, ResourceError, UsageError
 
 RETRIES = 3

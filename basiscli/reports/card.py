@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from basiscli.checkpoints.source import Source, is_hub_id
-from basiscli.engine.merge_plan import MergePlan
+from basiscli.commands.merge.plan import MergePlan
 from basiscli.names import printable
 from basiscli.reports.blocks import Figure
 from basiscli.reports.facts import common_license

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from basiscli.checkpoints.architecture import layer_of
+from basiscli.model.architecture import layer_of
 from basiscli.names import natural_key
 from basiscli.reports.blocks import HeatMap
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from basiscli.engine.init_plan import DEFAULT_RANK, InitPlan
-from basiscli.engine.init_targets import ALL_LINEAR
-from basiscli.engine.kv_plan import KVPlan
-from basiscli.engine.merge_plan import RECIPE, MergePlan
+from basiscli.commands.init.plan import DEFAULT_RANK, InitPlan
+from basiscli.commands.init.targets import ALL_LINEAR
+from basiscli.commands.kv.plan import KVPlan
+from basiscli.commands.merge.plan import RECIPE, MergePlan
 
 
 def merge_command(plan: MergePlan) -> str:

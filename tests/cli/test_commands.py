@@ -18,7 +18,7 @@ from tests.conftest import add, basis_process, make_tensors, write_checkpoint
 Basis = Callable[..., Result]
 NO_TORCH = """
 import sys
-from basiscli.cli import app
+from basiscli.app import app
 try:
     app()
 finally:
@@ -168,7 +168,7 @@ def test_a_bug_says_so_and_exits_with_one(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("basiscli.api.merge._plan", broken)
+    monkeypatch.setattr("basiscli.commands.merge.api._plan", broken)
     result = basis("merge", family["a"], family["b"], "-m", "linear", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert "this is a bug" in result.stderr

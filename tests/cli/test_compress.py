@@ -21,9 +21,9 @@ from typer.testing import Result
 import basiscli
 from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.engine.kv_run import KVRun
-from basiscli.engine.kv_search import GreedySearch
-from basiscli.engine.kv_training import Training
+from basiscli.commands.kv.run import KVRun
+from basiscli.commands.kv.search import GreedySearch
+from basiscli.commands.kv.training import Training
 from basiscli.linalg.orthogonal import orthogonality_error
 from tests.cli.test_commands import NO_TORCH
 from tests.conftest import basis_process, read_checkpoint, snapshot, stop_after
@@ -358,7 +358,7 @@ def test_going_down_and_up_again_gives_the_same_ranks(m: Path, basis: Basis) -> 
 
 def save_every_step(patch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(step=100)
-    patch.setattr("basiscli.engine.kv_training.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    patch.setattr("basiscli.commands.kv.training.time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ Basis = Callable[..., Result]
 UP, QUERY = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 NO_TORCH = """
 import sys
-from basiscli.cli import app
+from basiscli.app import app
 try:
     app()
 finally:
@@ -349,7 +349,7 @@ def test_an_adapter_that_was_half_written_is_finished(
     uneven: Path, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal has decompositions and factors then."""
-    from basiscli.engine.init_run import InitRun
+    from basiscli.commands.init.run import InitRun
 
     def run(out: Path) -> basiscli.InitResult:
         return basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=out)

@@ -18,7 +18,7 @@ import basiscli
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine import batches
 from basiscli.engine.batches import MOST_MEMBERS, do_task, in_batches
-from basiscli.engine.local import Silent, Task, Threads
+from basiscli.engine.threads import Silent, Task, Threads
 from basiscli.linalg import eigen
 from tests.conftest import LLAMA, read_checkpoint, write_checkpoint
 from tests.init_models import llama, save

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import Result
 
 import basiscli
-from basiscli.api.compress import plan_compress
-from basiscli.api.init import plan_init
+from basiscli.commands.init.api import plan_init
+from basiscli.commands.kv.api import plan_compress
 from basiscli.engine import cluster
 from basiscli.errors import UsageError
 from tests.kv_models import make_model, save_model

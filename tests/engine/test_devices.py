@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import basiscli
+from basiscli.commands.merge.reader import TensorReader
 from basiscli.engine.devices import choose_device
-from basiscli.engine.local import Silent, Task, Threads, peak_workspace
-from basiscli.engine.tensor_reader import TensorReader
+from basiscli.engine.threads import Silent, Task, Threads, peak_workspace
 from tests.conftest import read_checkpoint
 
 

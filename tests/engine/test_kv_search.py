@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
-from basiscli.engine.kv_attention import Projector, cut_projections, set_bases, set_projections
-from basiscli.engine.kv_search import GreedySearch, exchanged, spectrum, uniform
-from basiscli.engine.local import Silent
+from basiscli.commands.kv.attention import Projector, cut_projections, set_bases, set_projections
+from basiscli.commands.kv.search import GreedySearch, exchanged, spectrum, uniform
+from basiscli.engine.threads import Silent
 from basiscli.errors import InputError
 from basiscli.registry import Registry
 from basiscli.runtime.kv_projection import attach

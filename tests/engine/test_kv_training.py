@@ -11,10 +11,10 @@ import torch
 from basis_plugins.compress.matryoshka import Matryoshka, MatryoshkaParameters
 from torch import Tensor
 
-from basiscli.engine.kv_attention import Projector, set_bases
-from basiscli.engine.kv_loss import loss_and_gradient
-from basiscli.engine.kv_training import Training
-from basiscli.engine.local import Silent
+from basiscli.commands.kv.attention import Projector, set_bases
+from basiscli.commands.kv.loss import loss_and_gradient
+from basiscli.commands.kv.training import Training
+from basiscli.engine.threads import Silent
 from basiscli.errors import InputError
 from basiscli.linalg.orthogonal import orthogonality_error
 from basiscli.runtime.kv_projection import attach

@@ -13,8 +13,8 @@ from typer.testing import Result
 
 import basiscli
 from basiscli.checkpoints.header import encode_header, read_header
-from basiscli.engine.kv_plan import KVPlan
-from basiscli.engine.merge_plan import MergePlan
+from basiscli.commands.kv.plan import KVPlan
+from basiscli.commands.merge.plan import MergePlan
 from basiscli.engine.pricing import init_price, kv_price, merge_price
 from basiscli.errors import InputError, UsageError
 from tests.conftest import LLAMA

@@ -17,7 +17,7 @@ import torch
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL, PartialOutput
 from basiscli.engine import batches
-from basiscli.engine.local import Task
+from basiscli.engine.threads import Task
 from basiscli.errors import InputError, ResourceError
 from basiscli.registry import Registry
 from tests.conftest import add, basis_process, make_tensors, read_checkpoint, write_checkpoint
@@ -193,7 +193,7 @@ def test_a_bug_in_a_method_stops_the_run(family: dict[str, Path], tmp_path: Path
 def test_a_machine_with_other_files_takes_no_part(
     family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from basiscli.engine.merge_plan import MergePlan
+    from basiscli.commands.merge.plan import MergePlan
 
     seen = MergePlan.fingerprint.fget
     monkeypatch.setattr(MergePlan, "fingerprint", property(lambda plan: seen(plan) + "0"))  # type: ignore[misc]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import basiscli
-from basiscli.engine.local import Silent
+from basiscli.engine.threads import Silent
 from basiscli.errors import InputError
 from tests.init_models import bert, llama, save, shards_of
 from tests.kv_models import make_model, make_text, save_model

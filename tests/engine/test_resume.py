@@ -13,7 +13,7 @@ import pytest
 
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL, PartialOutput
-from basiscli.engine.merge_run import MergeRun
+from basiscli.commands.merge.run import MergeRun
 from tests.conftest import add, make_tensors, read_checkpoint, write_checkpoint
 
 METHODS = ["linear", "ortho"]
@@ -28,7 +28,7 @@ def rest(self, key, entry):
     if len((self.folder / JOURNAL).read_text().splitlines()) > steps:  # the first is the run's
         time.sleep(seconds)
 PartialOutput.record = rest
-from basiscli.cli import main
+from basiscli.app import main
 main()
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import basiscli
-from basiscli.engine.layerwise import LayerwiseModel
+from basiscli.model.layerwise import LayerwiseModel
 from tests import init_models, kv_models
 from tests.conftest import read_checkpoint, snapshot, stop_after
 from tests.init_models import (
@@ -461,8 +461,8 @@ def test_how_many_windows_pass_at_a_time_is_rounding(
 ) -> None:
     model = save(uneven, tmp_path / "model")
     whole = factors(run("eva", model, tokens, tmp_path / "whole").adapter)
-    monkeypatch.setattr("basiscli.engine.layerwise._BATCH_TOKENS", 3 * LENGTH)
-    monkeypatch.setattr("basiscli.engine.strips._ROWS", 50)
+    monkeypatch.setattr("basiscli.model.layerwise._BATCH_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr("basiscli.engine.row_blocks._ROWS", 50)
     parts = factors(run("eva", model, tokens, tmp_path / "parts").adapter)
     assert parts.keys() == whole.keys()
     principal = {module: Principal(rows) for module, rows in inputs_of(model, tokens).items()}
@@ -651,7 +651,7 @@ def test_the_text_passes_each_layer_once(
     tmp_path: Path, tokens: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save(uneven, tmp_path / "model")
-    monkeypatch.setattr("basiscli.engine.layerwise._BATCH_TOKENS", 8 * LENGTH)
+    monkeypatch.setattr("basiscli.model.layerwise._BATCH_TOKENS", 8 * LENGTH)
     seen = counting(monkeypatch)
     run(method, model, tokens, tmp_path / "out")
     assert sorted(seen) == [(layer, batch) for layer in range(3) for batch in range(WINDOWS // 8)]
@@ -681,7 +681,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tmp_path: Path, tokens: Path, method: str, after: int, resumed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nine batches pass the layers, each with seven targets; then CorDA copies what it leaves as it is."""
-    monkeypatch.setattr("basiscli.engine.layerwise._BATCH_TOKENS", 12 * LENGTH)
+    monkeypatch.setattr("basiscli.model.layerwise._BATCH_TOKENS", 12 * LENGTH)
     model = save(uneven, tmp_path / "model")
     whole = run(method, model, tokens, tmp_path / "whole", workers=1)
     before = snapshot(model)
@@ -704,7 +704,7 @@ def test_a_run_that_died_while_it_wrote_goes_on(
     tmp_path: Path, tokens: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the journal has some factors, and the files of the rest are there and empty."""
-    from basiscli.engine.init_run import InitRun
+    from basiscli.commands.init.run import InitRun
 
     model = save(uneven, tmp_path / "model")
     whole = run(method, model, tokens, tmp_path / "whole")
@@ -724,7 +724,7 @@ def test_what_is_in_the_journal_is_not_decomposed_again(
     model = save(uneven, tmp_path / "model")
     with pytest.raises(KeyboardInterrupt):
         run("corda", model, tokens, tmp_path / "out", workers=1, progress=Interrupts(2))
-    from basiscli.engine.init_run import InitRun
+    from basiscli.commands.init.run import InitRun
 
     decompose, done = InitRun._decompose, []
 

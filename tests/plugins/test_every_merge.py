@@ -102,7 +102,7 @@ def test_same_result_in_small_blocks(
     family: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = merge([family["a"], family["b"]], family["base"], tmp_path / "whole", method)
-    monkeypatch.setattr("basiscli.engine.merge_plan.BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr("basiscli.commands.merge.plan.BLOCK_ELEMENTS", 50)
     blocks = merge([family["a"], family["b"]], family["base"], tmp_path / "blocks", method)
     for name, tensor in read_checkpoint(whole.path).items():
         torch.testing.assert_close(read_checkpoint(blocks.path)[name], tensor, rtol=1e-5, atol=1e-6)

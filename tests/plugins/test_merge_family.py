@@ -111,8 +111,8 @@ def test_it_is_the_dense_computation(
     models = [add(base, make_tensors(seed), factor=0.2 * seed) for seed in range(1, count + 1)]
     folders = [write_checkpoint(tmp_path / f"{i}", t) for i, t in enumerate([base, *models])]
     if blocks == "blocks of rows":
-        monkeypatch.setattr("basiscli.engine.merge_plan.BLOCK_ELEMENTS", 60)
-        monkeypatch.setattr("basiscli.engine.tensor_reader.KEPT_BYTES", 3000)  # the larger ones are read again
+        monkeypatch.setattr("basiscli.commands.merge.plan.BLOCK_ELEMENTS", 60)
+        monkeypatch.setattr("basiscli.commands.merge.reader.KEPT_BYTES", 3000)  # the larger ones are read again
     takes_weights = any(name == method for name in ("ties", "nuslerp", "multislerp")) or method.startswith(
         ("dare", "della", "breadcrumbs")
     )

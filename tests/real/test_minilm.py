@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import basiscli
-from basiscli.api.demo import SKILLS, SRE, demo, measure
+from basiscli.commands.demo.api import SKILLS, SRE, demo, measure
 from tests.conftest import read_checkpoint
 from tests.plugins.reference_ortho import merge_step_by_step
 

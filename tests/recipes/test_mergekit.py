@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import Result
 
-from basiscli.api.run import plan_run, run
-from basiscli.api.verify import verify
-from basiscli.engine.merge_run import MergeRun
+from basiscli.commands.merge.run import MergeRun
+from basiscli.commands.run.api import plan_run, run
+from basiscli.commands.verify.api import verify
 from tests.conftest import Tensors, basis_process, read_checkpoint, snapshot, write_checkpoint
 from tests.recipes.models import CONFIG, LAYERS, config_of, layered, refused, write_family, write_recipe
 

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-import basiscli.recipes.pipeline
-from basiscli.api.run import plan_run, run
-from basiscli.engine.local import Silent
+import basiscli.commands.run.pipeline
+from basiscli.commands.run.api import plan_run, run
+from basiscli.commands.run.pipeline import Pipeline, StepResult
+from basiscli.commands.run.price import price
+from basiscli.commands.run.state import STATE
+from basiscli.engine.threads import Silent
 from basiscli.errors import GateFailed, HubError, UsageError
-from basiscli.hub import Pushed
-from basiscli.recipes.pipeline import Pipeline, StepResult
-from basiscli.recipes.pricing import price
-from basiscli.recipes.state import STATE
+from basiscli.hub.client import Pushed
 from tests.conftest import add, make_tensors, read_checkpoint, snapshot, write_checkpoint
 from tests.kv_models import make_text
 from tests.recipes.models import refused, write_llama, write_recipe
@@ -97,8 +97,8 @@ def test_every_command_is_a_step(llamas: Path, monkeypatch: pytest.MonkeyPatch) 
         pushed.append((files["config.json"], repo_id, options["private"]))
         return Pushed(repo_id, "main", "0123abc", f"https://hub/{repo_id}", pull_request=False, removed=[])
 
-    monkeypatch.setattr("basiscli.api.push.check_login", lambda repo_id: None)
-    monkeypatch.setattr("basiscli.api.push.upload", upload)
+    monkeypatch.setattr("basiscli.commands.push.api.check_login", lambda repo_id: None)
+    monkeypatch.setattr("basiscli.commands.push.api.upload", upload)
     quick = {"calibration": "words.txt", "length": 16}
     steps = [
         {"merge": ["a", "b"], "name": "merged", "method": "linear"},
@@ -234,7 +234,7 @@ def test_a_changed_plugin_is_noticed(here: Path) -> None:
 
 def test_another_version_of_basis_does_everything_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done(here, STEPS)
-    monkeypatch.setattr(basiscli.recipes.pipeline, "__version__", "999")
+    monkeypatch.setattr(basiscli.commands.run.pipeline, "__version__", "999")
     assert all(done(here, STEPS).values())
 
 
@@ -262,7 +262,7 @@ def test_a_damaged_record_counts_as_none(here: Path, damage: str) -> None:
 
 
 def test_an_interrupted_pipeline_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from basiscli.engine.init_run import InitRun
+    from basiscli.commands.init.run import InitRun
 
     def stop(self: InitRun) -> None:
         raise KeyboardInterrupt
@@ -276,7 +276,7 @@ def test_an_interrupted_pipeline_goes_on(here: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_that_ended_before_it_was_noted_is_no_obstacle(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from basiscli.recipes.state import State
+    from basiscli.commands.run.state import State
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -306,7 +306,7 @@ def test_a_gate_that_fails_ends_the_pipeline_and_the_output_stays(here: Path, ba
 
 
 def test_numbers_that_are_none_are_words_in_json(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from basiscli.api.evaluate import Evaluation
+    from basiscli.commands.evaluate.api import Evaluation
 
     monkeypatch.setattr(Evaluation, "numbers", property(lambda _: {"kl": float("inf"), "accuracy_kept": float("nan")}))
     (result,) = pipeline(llamas, [{"eval": "a", **EVAL}]).run(Silent(), lambda result: None)
@@ -323,7 +323,7 @@ def test_a_push_that_fails_names_the_step(here: Path, monkeypatch: pytest.Monkey
     def nobody(repo_id: str) -> None:
         raise HubError("nobody is logged in", remedy="hf auth login")
 
-    monkeypatch.setattr("basiscli.api.push.check_login", nobody)
+    monkeypatch.setattr("basiscli.commands.push.api.check_login", nobody)
     with pytest.raises(HubError, match="step 'push': nobody is logged in"):
         done(here, [STEPS[0], {"push": "merged", "to": "org/name"}])
     assert done(here, STEPS[:1]) == {"merged": False}

@@ -11,11 +11,11 @@ import yaml
 from pydantic import TypeAdapter
 from typer.testing import Result
 
-from basiscli.api.run import plan_run, run
-from basiscli.recipes.mergekit import parse_mergekit
-from basiscli.recipes.reading import read_yaml
-from basiscli.recipes.setting import Setting, value_at
-from basiscli.recipes.steps import read_steps
+from basiscli.commands.run.api import plan_run, run
+from basiscli.commands.run.mergekit import parse_mergekit
+from basiscli.commands.run.reading import read_yaml
+from basiscli.commands.run.setting import Setting, value_at
+from basiscli.commands.run.steps import read_steps
 from tests.recipes.models import refused, write_family, write_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -261,7 +261,7 @@ def test_the_revision_reaches_the_hub(tmp_path: Path, monkeypatch: pytest.Monkey
         asked.append((repo_id, revision))
         return tmp_path / repo_id.partition("/")[2], "0123abc"
 
-    monkeypatch.setattr("basiscli.hub.pull", pull)
+    monkeypatch.setattr("basiscli.hub.client.pull", pull)
     models = [{"model": "org/a@v1"}, {"model": "org/b"}]
     file = write_recipe(tmp_path, {"merge_method": "linear", "models": models})
     report = run(file, output=tmp_path / "out").merge.report  # type: ignore[union-attr]

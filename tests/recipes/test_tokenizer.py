@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from basiscli.api.run import plan_run, run
+from basiscli.commands.run.api import plan_run, run
 from basiscli.runtime.load import load, load_tokenizer
 from tests.conftest import Tensors, basis_process, read_checkpoint
 from tests.kv_models import VOCABULARY

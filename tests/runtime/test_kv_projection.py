@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from basiscli.engine.kv_attention import Projector, set_bases
+from basiscli.commands.kv.attention import Projector, set_bases
 from basiscli.errors import InputError
 from basiscli.runtime import kv_projection
 from basiscli.runtime.kv_projection import (

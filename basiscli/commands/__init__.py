@@ -1,0 +1,1 @@
+"""What `basis` does, a folder a command."""

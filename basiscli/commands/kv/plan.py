@@ -1,0 +1,330 @@
+"""The plan of a KV compression: what can be refused is refused here, from configuration and headers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from basiscli.checkpoints.dtypes import tensor_bytes
+from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
+from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.source import Source
+from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE, Checkpoint
+from basiscli.engine.cluster import Cluster
+from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.threads import default_workers
+from basiscli.errors import InputError, UsageError
+from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.names import natural_key
+from basiscli.runtime.export import AUTO_MAP, exported_files
+from basiscli.transforms import Method
+
+Search = Literal["greedy", "spectrum", "uniform"]
+Export = Literal["remote-code"]
+LEVELS = 8
+SEARCH_BATCH = 4
+"""Windows a round of the search."""
+TEACHER_BYTES = 1 << 29
+"""Up to this size the search keeps the dense model's logits of held-out text."""
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """A decoder's cache."""
+
+    layers: int
+    heads: int
+    """KV heads."""
+    dim: int
+    """Of a head."""
+
+    @property
+    def levels(self) -> int:
+        """Steps into which a head's dimensions are divided."""
+        return LEVELS if self.dim % LEVELS == 0 else next(n for n in range(LEVELS, 0, -1) if self.dim % n == 0)
+
+    @property
+    def entries(self) -> tuple[int, int, int]:
+        """Layers, keys and values, KV heads: everything that has a rank of its own."""
+        return self.layers, 2, self.heads
+
+    def cache_bytes(self, element: int) -> int:
+        """Bytes a token takes in a dense cache."""
+        return self.layers * 2 * self.heads * self.dim * element
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How it is done."""
+
+    train_steps: int = 800
+    batch: int = 2
+    length: int = 256
+    moment_windows: int = 64
+    search: Search = "greedy"
+    search_windows: int = 8
+    calibration: str | None = None
+    fold_values: bool = False
+    export: Export | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    shard_bytes: int = 5_000_000_000
+    workers: int = field(default_factory=default_workers)
+    seed: int = 0
+    resume: bool = True
+    overwrite: bool = False
+    headers_only: bool = False
+    """Plan on headers, wherever the data is: to be priced, not to be carried out."""
+    cluster: Cluster | None = None
+    """Where the statistics are taken, if not on this machine."""
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """All that a compression will do."""
+
+    out: Path
+    model: Checkpoint
+    method: Method
+    values: BaseModel
+    ratio: float
+    budget: int
+    """Sum of the levels that stay."""
+    shape: KVShape
+    earlier: KVConfig | None
+    """Of an input that was compressed before: its bases are used as they are."""
+    layout: Layout
+    settings: KVSettings
+    notes: list[str]
+
+    @property
+    def train_steps(self) -> int:
+        """Steps that will be trained."""
+        return 0 if self.earlier else self.settings.train_steps
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that will be trained on."""
+        return self.train_steps * self.settings.batch * self.settings.length
+
+    @property
+    def kept(self) -> float:
+        """Share of all levels that stays."""
+        return self.budget / (math.prod(self.shape.entries) * self.shape.levels)
+
+    @property
+    def searches(self) -> bool:
+        """Whether ranks will be searched by their effect on the model."""
+        return self.settings.search == "greedy" and self.kept < 1
+
+    @property
+    def folds(self) -> bool:
+        """Whether the weights of this output hold the bases of the values."""
+        return self.settings.fold_values or bool(self.earlier and self.earlier.values_folded)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of tensors, about: weights in float32, and what one batch keeps for its backward.
+
+        A token keeps four times its logits, and in each layer what was measured to be 8 times the hidden size and 4
+        times the widest of its matrices.
+        """
+        tensors = self.model.tensors.values()
+        embeddings = [t.shape for t in tensors if kind_by_name(t) is Kind.EMBEDDING]
+        vocabulary, hidden = max(embeddings, default=(0, 0), key=math.prod)
+        widest = max((max(t.shape) for t in tensors if len(t.shape) > 1 and vocabulary not in t.shape), default=0)
+        token = 4 * (4 * vocabulary + self.shape.layers * (8 * hidden + 4 * widest))
+        settings = self.settings
+        batch = max(1, SEARCH_BATCH if self.searches else 0, settings.batch if self.train_steps else 0)
+        teacher = settings.search_windows * settings.length * 4 * vocabulary if self.searches else 0
+        kept = teacher if teacher <= TEACHER_BYTES else 0
+        return 4 * sum(t.count for t in tensors) + settings.length * batch * token + kept
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the result."""
+        settings = {
+            name: value
+            for name, value in vars(self.settings).items()
+            if name not in {"workers", "resume", "overwrite", "shard_bytes", "headers_only", "cluster"}
+        }
+        text = self.settings.calibration
+        texts = [f for f in (Path(text), *Path(text).rglob("*")) if f.is_file()] if text else []
+        facts = [
+            self.method.name, self.values.model_dump(mode="json"), self.ratio, settings,
+            text and sum(f.stat().st_mtime_ns for f in texts),
+            None if self.earlier is None else self.earlier.model_dump(mode="json"),
+            [shard.header[0].hex() for shard in self.layout.shards],
+        ]  # fmt: skip
+        return fingerprint_of(self.model.files, facts)
+
+    def close(self) -> None:
+        """Close the input."""
+        self.model.close()
+
+
+def plan_kv(
+    source: Source,
+    ratio: float,
+    method: Method,
+    parameters: Mapping[str, Any],
+    out: str | Path | None,
+    settings: KVSettings,
+) -> KVPlan:
+    """Look at the configuration and the headers and decide what will be done.
+
+    Raises:
+        UsageError, InputError, ResourceError: whatever can be refused before the model is loaded.
+    """
+    if not 0 <= ratio < 1:
+        raise UsageError(
+            f"--kv-ratio {ratio:g} is no share that can be removed",
+            remedy="0 ≤ ratio < 1: --kv-ratio 0.6 removes 60 % of the cache, as --kv-budget 0.4 does",
+        )
+    values = method.validate(parameters)
+    if source.is_adapter:
+        raise InputError(
+            "this is an adapter, and an adapter has no KV cache",
+            file=source.path,
+            remedy="merge it into its base first: `basis expand ADAPTER --base BASE`",
+        )
+    model = Checkpoint.open(source)
+    shape = kv_shape(model.source)
+    _check_loadable(model)
+    if settings.export:
+        exported_files(json.dumps(model.config).encode())  # whether it can be done is said now
+    earlier = read_kv_config(model.source.folder)
+    if earlier is not None and [len(earlier.key_ranks), len(earlier.key_ranks[0]), earlier.head_dim] != [
+        shape.layers, shape.heads, shape.dim,
+    ]:  # fmt: skip
+        raise InputError(
+            "the KV projection beside the weights is another model's",
+            file=model.source.folder,
+            remedy="remove kv_projection.* to begin anew",
+        )
+    budget = _budget(ratio, shape)
+    dtype = settings.dtype
+    specs = [
+        TensorSpec(t.name, dtype if dtype and t.dtype in {"F32", "F16", "BF16", "F64"} else t.dtype, t.shape)
+        for t in model.tensors.values()
+    ]
+    layout = Layout.plan(sorted(specs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
+    beside = _beside(source)
+    place = output_place(
+        beside.with_name(f"{beside.name}-kv{ratio:g}") if out is None else out,
+        [source, model.source],
+        overwrite=settings.overwrite,
+    )
+    notes = []
+    if earlier is not None:
+        notes.append(f"the bases of {source.label} are used as they are; only the ranks are searched")
+    plan = KVPlan(place, model, method, values, ratio, budget, shape, earlier, layout, settings, notes)
+    bases = tensor_bytes("F32", (*shape.entries, shape.dim, shape.dim))
+    check_disk(place, layout.nbytes + 5 * bases, headers_only=settings.headers_only)
+    return plan
+
+
+def _beside(source: Source) -> Path:
+    """Return the path that a result goes beside: a model's folder; for a model of the Hub, its name here."""
+    if source.repo_id is not None:
+        return Path.cwd() / source.repo_id.rpartition("/")[2]
+    return source.path.with_suffix("") if source.path.suffix == ".gguf" else source.folder
+
+
+def _check_loadable(model: Checkpoint) -> None:
+    """Refuse weights that are not those that transformers loads from the model's folder."""
+    folder = model.source.folder
+    found = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    as_loaded = Source(model.source.spec, folder, headers_only=model.source.headers_only)
+    if not found or Checkpoint.open(as_loaded).files != model.files:
+        raise InputError(
+            f"the model has to run, and these weights are not in {SINGLE_FILE} or in shards with an index",
+            file=model.source.path,
+            remedy="load it with transformers and `save_pretrained` it into a folder of its own",
+        )
+
+
+def kv_shape(source: Source) -> KVShape:
+    """Return the shape of a model's KV cache from its configuration.
+
+    Raises:
+        InputError: no cache, or one that this compression does not know, with the reason.
+    """
+    config, file = source.config, source.folder / "config.json"
+    if not config:
+        raise InputError("no config.json beside the weights", file=file, remedy="give a complete model folder")
+    if config.get("auto_map") not in (None, {}, AUTO_MAP):
+        raise InputError(
+            "the model brings its own code, which is not run",
+            file=file,
+            remedy="give a model of an architecture that transformers has",
+        )
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
+    names = config.get("architectures") or []
+    reason = _no_cache(config, text, [str(name) for name in names] if isinstance(names, list) else [])
+    if reason:
+        raise InputError(
+            f"{config.get('model_type', 'this model')}: {reason}",
+            file=file,
+            remedy="the KV cache of decoders with multi-head or grouped-query attention can be compressed",
+        )
+    try:
+        layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"the config does not say how large the KV cache is: {error}", file=file, remedy="give a complete config"
+        ) from error
+    if layers < 1 or kv_heads < 1 or dim < 2:
+        raise InputError(
+            f"a cache of {layers} layers, {kv_heads} KV heads of {dim} dimensions",
+            file=file,
+            remedy="give a complete config",
+        )
+    return KVShape(layers, kv_heads, dim)
+
+
+def _no_cache(config: dict[str, Any], text: dict[str, Any], architectures: list[str]) -> str | None:
+    """Return why there is no cache that can be compressed; None if there may be one."""
+    if config.get("quantization_config"):
+        return "the weights are quantised; give the unquantised checkpoint"
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder models have two caches, and neither is supported"
+    if architectures and not any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    ):
+        return f"{architectures[0]} generates no text and has no KV cache"
+    if text.get("kv_lora_rank"):
+        return "multi-head latent attention (MLA) keeps one small latent a token already; there are no heads to project"
+    if text.get("attn_logit_softcapping"):
+        return "attention with soft-capped logits has no projected form in the fused kernels"
+    if text.get("num_kv_shared_layers"):
+        return "layers that share one cache are not supported"
+    kinds = text.get("layer_types")
+    other = {str(kind) for kind in kinds} - _PLAIN_LAYERS if isinstance(kinds, list) else set()
+    if other:
+        return f"layers of kind {', '.join(sorted(other))} keep something else than keys and values"
+    return None
+
+
+def _budget(ratio: float, shape: KVShape) -> int:
+    least = shape.layers * 2 * shape.heads
+    budget = math.floor((1 - ratio) * least * shape.levels + 1e-9)  # never more than the share that may stay
+    if budget < least:
+        raise UsageError(
+            f"removing {ratio:.0%} leaves {(1 - ratio) * shape.dim:.1f} of {shape.dim} dimensions a head, "
+            f"and the least is {shape.dim // shape.levels}",
+            remedy=f"--kv-ratio {1 - 1 / shape.levels:g} is the most",
+        )
+    return budget

@@ -1,0 +1,379 @@
+"""The plan of a merge: every output tensor, what it needs and what it costs, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.dtypes import tensor_bytes
+from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.layout import Layout
+from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.commands.merge.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
+from basiscli.commands.merge.inputs import find_base, merge_weights
+from basiscli.engine.cluster import Cluster
+from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.threads import DEFAULT_MEMORY, default_workers, peak_workspace
+from basiscli.errors import InputError, UsageError
+from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.names import natural_key
+from basiscli.transforms import Choices, History, Method
+from basiscli.transforms.per_model import check_lengths
+
+BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
+GPU_BLOCK_ELEMENTS = 1 << 22  # there a step costs its launch, and Python's, rather than its elements
+KEPT_BYTES = 1 << 27  # of all models together: a tensor up to this size is read once however often it is gone over
+ADAPTER_FILE = "adapter_model.safetensors"
+RECIPE = "recipe.yaml"
+"""The recipe that a merge was made by, in its result's folder."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is done; only `dtype`, `seed` and the three permissions change the result."""
+
+    device: str = "auto"
+    dtype: str | None = None
+    shard_bytes: int = 5_000_000_000
+    workers: int = field(default_factory=default_workers)
+    memory: int = DEFAULT_MEMORY
+    """Bytes that tensors worked on side by side may take on a CPU."""
+    seed: int = 0
+    resume: bool = True
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+    allow_missing: bool = False
+    trust_remote_code: bool = False
+    headers_only: bool = False
+    """Whether inputs may lack their data: such a plan tells what the work would cost, and cannot be carried out."""
+    cluster: Cluster | None = None
+    """Where the tasks are done, if not in threads of this machine."""
+
+
+Choice = tuple[BaseModel, list[float]]
+"""A method's parameters, and one weight a model."""
+
+
+@dataclass(frozen=True)
+class FromRecipe:
+    """What a recipe says of a merge beyond one set of parameters for all tensors."""
+
+    text: str
+    """The file, as it goes into the result's folder."""
+    choices: Callable[[str], Choice]
+    """The parameters and weights of one tensor."""
+    facts: Any
+    """What decides the bytes of the result, as plain data."""
+    sources: list[tuple[Literal["base", "model"], Source]]
+    """Every model and adapter that it names."""
+    files: Mapping[str, bytes] | None
+    """The tokenizer it asks for, in place of the reference's, and what depends on it."""
+    dtype: str | None
+    """The storage dtype it asks for."""
+    opened: Sequence[Checkpoint]
+    """The checkpoints that the models are parts of."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that a merge will do."""
+
+    out: Path
+    method: Method
+    values: BaseModel
+    models: list[Model]
+    """In order; when an earlier merge is continued, its result is the first."""
+    weights: list[float]
+    base: Checkpoint | None
+    history: History | None
+    merged: list[str]
+    copied: list[str]
+    layout: Layout
+    adapter_rank: int | None
+    """The rank of the adapter to write; None for a full checkpoint."""
+    notes: list[str]
+    settings: Settings
+    recipe: FromRecipe | None = None
+
+    def choice(self, name: str) -> Choice:
+        """Return the method's parameters and the weights for one tensor."""
+        return (self.values, self.weights) if self.recipe is None else self.recipe.choices(name)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters as plain data; those that a recipe gives several values stand as 'recipe.yaml'."""
+        found = self.values.model_dump(mode="json")
+        distinct = {id(values): values for values, _ in map(self.choice, self.merged)}
+        for name in found:
+            if any(getattr(values, name) != getattr(self.values, name) for values in distinct.values()):
+                found[name] = RECIPE
+        return found
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint whose names, shapes, dtypes and configuration the result takes: the base, else the first."""
+        first = self.models[0]
+        return self.base or (first if isinstance(first, Checkpoint) else first.base)
+
+    @property
+    def views(self) -> list[AdapterView]:
+        """The models that are adapters."""
+        return [model for model in self.models if isinstance(model, AdapterView)]
+
+    @property
+    def earlier(self) -> int:
+        """How many models the earlier merge had whose result, the first of the models, is continued."""
+        return self.history.models if self.history else 0
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether the method needs a number over the whole model before any tensor can be finished."""
+        return self.method.keeps_factors
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs."""
+        names = [*self.merged, *self.copied]
+        total = 0
+        for model in [self.reference, *self.models]:
+            owner = model.adapter.weights.tensors.values() if isinstance(model, AdapterView) else None
+            total += sum(t.nbytes for t in owner) if owner is not None else _bytes_of(model, names)
+        if self.base is None:
+            total -= _bytes_of(self.reference, names)
+        # Whole task vectors are read once more for their statistics, and the base once more to add to.
+        return total * 2 if self.two_passes else total
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of intermediate results on disk."""
+        if not self.two_passes or self.adapter_rank is not None:
+            return 0
+        dense = [n for n in self.merged if any(not _stays_low_rank(model, n) for model in self.models)]
+        return sum(tensor_bytes("F32", self.reference.tensors[name].shape) for name in dense)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the output's weights."""
+        return self.layout.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of tensors in flight, at most; the interpreter and torch come on top."""
+        names = [*self.merged, *self.copied]
+        return peak_workspace([workspace(self, name) for name in names], self.settings.workers, self.settings.memory)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the bytes of the result."""
+        inputs = [self.reference, *self.models]
+        files = [file for model in inputs for file in model.files]
+        settings = self.settings
+        facts = [
+            self.method.name, self.values.model_dump(mode="json"), self.weights,
+            self.adapter_rank, settings.device, settings.dtype, settings.seed, settings.allow_nonfinite,
+            settings.allow_missing, [shard.header[0].hex() for shard in self.layout.shards],
+            None if self.history is None else dict(self.history.numbers),
+            None if self.recipe is None else self.recipe.facts,
+        ]  # fmt: skip
+        return fingerprint_of(files, facts)
+
+    def close(self) -> None:
+        """Close the inputs."""
+        for model in [self.reference, *self.models, *(self.recipe.opened if self.recipe else ())]:
+            model.close()
+
+
+def plan_merge(
+    models: Sequence[str],
+    method: Method,
+    parameters: Mapping[str, Any],
+    *,
+    base: str | None,
+    onto: str | None,
+    weights: Sequence[float] | None,
+    out: str | Path | None,
+    as_adapter: bool,
+    settings: Settings,
+) -> MergePlan:
+    """Look at the headers of every input and decide what will be done.
+
+    Raises:
+        UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
+    """
+    values = method.validate(parameters)
+    check_count(method, len(models) + (onto is not None))
+    check_lengths(method.name, values, len(models))
+    sources = [resolve(spec, headers_only=settings.headers_only) for spec in models]
+    onto_source = resolve(onto, headers_only=settings.headers_only) if onto else None
+    history, all_weights = merge_weights(method, values, onto_source, weights, len(sources))
+    if method.check is not None:
+        method.check(Choices(method.name, dict(values), all_weights, history))
+    inputs = [*([onto_source] if onto_source else []), *sources]
+    base_checkpoint = find_base(base, inputs, sources, method, headers_only=settings.headers_only)
+    opened = [_open(source, base_checkpoint) for source in inputs]
+    return plan_opened(
+        opened, base_checkpoint, method, (values, all_weights), history=history, out=out, as_adapter=as_adapter,
+        settings=settings,
+    )  # fmt: skip
+
+
+def plan_opened(
+    opened: list[Model],
+    base: Checkpoint | None,
+    method: Method,
+    choice: Choice,
+    *,
+    out: str | Path | None,
+    settings: Settings,
+    history: History | None = None,
+    as_adapter: bool = False,
+    recipe: FromRecipe | None = None,
+    notes: Sequence[str] = (),
+) -> MergePlan:
+    """Plan a merge of models that are open; arguments as the fields of `MergePlan`.
+
+    Raises:
+        UsageError, InputError, ResourceError: the models do not go together, or there is no place for the result.
+    """
+    first = opened[0]
+    reference = base or (first if isinstance(first, Checkpoint) else first.base)
+    check_architecture(reference, opened, trust_remote_code=settings.trust_remote_code)
+    sort = sort_tensors(reference, opened, allow_missing=settings.allow_missing)
+    merged, copied = sorted(sort.merged, key=natural_key), sorted(sort.copied, key=natural_key)
+    if as_adapter:
+        specs, rank = _adapter_tensors(opened, merged, method)
+        layout = Layout.plan(specs, settings.shard_bytes, single_file=ADAPTER_FILE)
+    else:
+        rank = None
+        outputs = [_output(reference.tensors[name], settings.dtype) for name in merged]
+        outputs += [_output(reference.tensors[name], None) for name in copied]
+        layout = Layout.plan(sorted(outputs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
+    found = [*notes, *sort.notes]
+    found += common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
+    sources = [model.source for model in [*opened, reference]]
+    sources += [source for _, source in recipe.sources] if recipe else []
+    place = output_place(f"merge-{method.name}" if out is None else out, sources, overwrite=settings.overwrite)
+    plan = MergePlan(
+        place, method, choice[0], opened, choice[1], base, history, merged, copied, layout, rank, found, settings,
+        recipe,
+    )  # fmt: skip
+    check_disk(plan.out, plan.write_bytes + plan.scratch_bytes, headers_only=settings.headers_only)
+    return plan
+
+
+def block_elements(device_type: str) -> int:
+    """Return how many elements of one model are merged at a time; the bytes of results do not depend on workers."""
+    return GPU_BLOCK_ELEMENTS if device_type == "cuda" else BLOCK_ELEMENTS
+
+
+def workspace(plan: MergePlan, name: str, block: int = BLOCK_ELEMENTS) -> int:
+    """Return the bytes of memory that the work on one tensor takes, at most, in blocks of so many elements."""
+    tensor = plan.reference.tensors[name]
+    count, models = tensor.count, len(plan.models)
+    if is_decomposed(plan, name):
+        side = min(tensor.shape) if len(tensor.shape) == 2 else 0
+        # S, T, U and the result in float32; SᵀS, its eigenvectors and LAPACK's workspace in float64.
+        return 16 * count + 6 * 8 * side * side
+    if plan.two_passes or plan.method.elementwise or (plan.method.rowwise and len(tensor.shape) > 1):
+        row = count // max(1, tensor.shape[0]) if tensor.shape else 1
+        elements = min(count, max(block, row))
+    else:
+        elements = count
+    kept = kept_bytes(plan, name)
+    # A method's own steps make about as much again; what ranks or measures, int64 keys and masks beside them.
+    return (kept if kept <= KEPT_BYTES else 0) + 4 * elements * (2 * models + (4 if plan.method.measure is None else 8))
+
+
+def is_decomposed(plan: MergePlan, name: str) -> bool:
+    """Return whether the method decomposes a tensor's task vectors as whole matrices, as far as names tell."""
+    is_matrix = kind_by_name(plan.reference.tensors[name]) in {Kind.LINEAR, None}
+    return plan.two_passes and is_matrix and any(not _stays_low_rank(model, name) for model in plan.models)
+
+
+def kept_bytes(plan: MergePlan, name: str) -> int:
+    """Return the bytes of all models' values of a tensor that is gone over several times, else 0."""
+    if plan.method.measure is None:
+        return 0
+    return 4 * plan.reference.tensors[name].count * (len(plan.models) + (plan.base is not None))
+
+
+def check_count(method: Method, count: int) -> None:
+    """Refuse a number of models that a method does not merge."""
+    fewest, most = method.models
+    if count < 2 and method.models == (2, None) and not method.needs_base:
+        raise UsageError("nothing to merge", remedy="give two models or more")
+    if count < fewest or (most is not None and count > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        beside = " beside the base" if method.needs_base else ""
+        raise UsageError(
+            f"{method.name} merges {wanted} model{'' if wanted == '1' else 's'}{beside}, and {count} are given",
+            remedy=f"`basis methods show {method.name}` says what it does",
+        )
+
+
+def _bytes_of(model: Checkpoint | AdapterView, names: Sequence[str]) -> int:
+    return sum(model.tensors[name].nbytes for name in names if name in model.tensors)
+
+
+def _stays_low_rank(model: Model, name: str) -> bool:
+    return isinstance(model, AdapterView) and model.is_low_rank(name)
+
+
+def _output(tensor: TensorSpec, dtype: str | None) -> TensorSpec:
+    return TensorSpec(tensor.name, dtype or tensor.dtype, tensor.shape)
+
+
+def _open(source: Source, base: Checkpoint | None) -> Model:
+    if not source.is_adapter:
+        return Checkpoint.open(source)
+    assert base is not None  # find_base sees to it that adapters have one
+    return AdapterView(Adapter(source), base)
+
+
+def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) -> tuple[list[TensorSpec], int]:
+    """Return the tensors of the adapter to write; one rank for all modules, which every serving engine can load."""
+    if not method.keeps_factors:
+        raise UsageError(
+            f"{method.name} cannot write an adapter", remedy="leave out --as-adapter, or use --method ortho"
+        )
+    views = [model for model in models if isinstance(model, AdapterView)]
+    if len(views) < len(models):
+        other = next(m for m in models if m not in views)
+        raise UsageError(
+            f"--as-adapter merges adapters, and {other.source.spec} is a full checkpoint",
+            remedy="leave out --as-adapter",
+        )
+    for view in views:
+        for name in merged:
+            if view.changes(name) and (not view.is_low_rank(name) or not view.is_linear(name)):
+                raise InputError(
+                    "the adapter trains something that no LoRA of linear layers can hold",
+                    file=view.source.path,
+                    tensor=name,
+                    remedy="leave out --as-adapter",
+                )
+    owners = {name: view for view in reversed(views) for name in view.modules}
+    rank = max(min(sum(v.rank_of(n) for v in views), *owner.linear_shape(n)) for n, owner in owners.items())
+    dtype = next(iter(views[-1].adapter.parts.tensors.values())).dtype
+    specs = []
+    for name in (name for name in merged if name in owners):
+        out_features, in_features = owners[name].linear_shape(name)
+        key_a, key_b = factor_keys(owners[name], name)
+        specs += [
+            TensorSpec(key_a, dtype, (rank, in_features)),
+            TensorSpec(key_b, dtype, (out_features, rank)),
+        ]
+    return specs, rank
+
+
+def factor_keys(view: AdapterView, name: str) -> tuple[str, str]:
+    """Return the names that PEFT gives the two factors of a weight."""
+    module = f"base_model.model.{view.modules[name]}"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"

@@ -1,0 +1,125 @@
+"""`basis methods`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from basiscli.cli import options
+from basiscli.cli.output import Output, errors_shown
+
+if TYPE_CHECKING:
+    from basiscli.registry import Registry
+    from basiscli.transforms import Method
+
+app = typer.Typer(help="List the installed methods, or show one.", invoke_without_command=True)
+
+
+@app.callback()
+def methods(
+    context: typer.Context,
+    plugin: options.Plugins = None,
+    json: options.Json = False,
+) -> None:
+    """List the installed methods."""
+    if context.invoked_subcommand is not None:
+        return
+    out = Output(as_json=json, quiet=False)
+    with errors_shown(as_json=json):
+        from basiscli.registry import Registry
+
+        found, broken = _load_all(Registry.with_files(plugin or []))
+        for message in broken:
+            out.note(f"warning: {message}", warning=True)
+        rows = [[method.family, method.name, method.summary] for method in found]
+        out.result(
+            [_document(method) for method in found],
+            lambda: out.table(["command", "method", "what it does"], rows),
+        )
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A method.")],
+    plugin: options.Plugins = None,
+    json: options.Json = False,
+) -> None:
+    """Show a method: what it does, its parameters and its source."""
+    out = Output(as_json=json, quiet=False)
+    with errors_shown(as_json=json):
+        from basiscli.errors import UsageError, did_you_mean
+        from basiscli.registry import FAMILIES, Registry
+
+        registry = Registry.with_files(plugin or [])
+        families = [family for family in FAMILIES if name in registry.names(family)]
+        if not families:
+            known = [known for family in FAMILIES for known in registry.names(family)]
+            raise UsageError(f"no method '{name}'", remedy=did_you_mean(name, known))
+        found = [registry.find(family, name) for family in families]
+        out.result([_document(method) for method in found], lambda: _show(out, found))
+
+
+def _load_all(registry: Registry) -> tuple[list[Method], list[str]]:
+    """Load every method; one that does not load is a line of warning and no more."""
+    from basiscli.errors import UsageError
+    from basiscli.registry import FAMILIES
+
+    found, broken = [], []
+    for family in FAMILIES:
+        for name in registry.names(family):
+            try:
+                found.append(registry.find(family, name))
+            except UsageError as error:
+                broken.append(error.what)
+    return found, broken
+
+
+def _document(method: Method) -> dict[str, Any]:
+    return {
+        "command": method.family,
+        "name": method.name,
+        "doc": method.doc,
+        "source": method.source,
+        "needs_base": method.needs_base,
+        "takes_weights": "weights" in method.wants,
+        "parameters": method.parameters.model_json_schema().get("properties", {}),
+    }
+
+
+def _show(out: Output, found: list[Method]) -> None:
+    from basiscli.transforms.per_model import is_per_model, limits_of
+
+    for method in found:
+        out.line(f"basis {method.family} --method {method.name}")
+        out.line()
+        out.line(method.doc)
+        out.line()
+        rows = []
+        for name, field in method.parameters.model_fields.items():
+            one_each = is_per_model(field)
+            kind = (
+                "number, or a list with one a model"
+                if one_each
+                else getattr(field.annotation, "__name__", str(field.annotation))
+            )
+            limits = ", ".join(str(limit) for limit in limits_of(field))
+            rows.append(
+                [
+                    name,
+                    kind,
+                    "required" if field.is_required() else str(field.default),
+                    limits,
+                    field.description or "",
+                ]
+            )
+        if rows:
+            out.table(["parameter", "type", "default", "range", "meaning"], rows)
+            out.line()
+        if method.family == "merge":
+            fewest, most = method.models
+            out.line(f"models: {fewest}" + (" or more" if most is None else f" to {most}" if most > fewest else ""))
+        takes = "base needed" if method.needs_base else "no base needed"
+        out.line(f"{takes}; {'takes --weights' if 'weights' in method.wants else 'no weights'}")
+        if method.source:
+            out.line(f"source: {method.source}")

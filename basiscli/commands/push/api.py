@@ -1,0 +1,190 @@
+"""Pushing an output to the Hub: only what is complete and verified, and only files that belong to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from basiscli.checkpoints.source import ADAPTER, is_hub_id, models_in, read_json
+from basiscli.checkpoints.writer import JOURNAL
+from basiscli.commands.verify.api import verify
+from basiscli.engine.threads import Progress, Silent
+from basiscli.errors import InputError, UsageError
+from basiscli.hub.client import Pushed, check_login, upload
+from basiscli.reports.schema import read_report
+from basiscli.runtime.export import exported_files
+from basiscli.version import __version__
+
+_SUFFIXES = {
+    ".safetensors", ".json", ".md", ".svg", ".png", ".html", ".yaml", ".txt", ".jinja", ".model", ".spm", ".tiktoken",
+    ".bpe", ".vocab",
+}  # fmt: skip
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What is on the Hub now."""
+
+    path: Path
+    url: str
+    """Of the pull request, or of the commit."""
+    repo_id: str
+    revision: str
+    commit: str
+    pull_request: bool
+    files: list[str]
+    bytes: int
+    checked_digests: bool
+    """Whether there was a report to check the bytes of every tensor against."""
+    left_out: list[str]
+    """Files of the folder that are not pushed: code, hidden files, and what belongs to no model."""
+    removed: list[str]
+    """Weights of an earlier model that the same commit took away."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def push(
+    folder: str | Path,
+    target: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    progress: Progress | None = None,
+) -> PushResult:
+    """Push an output to the Hub, in one commit.
+
+    Every tensor is checked first, as `verify` does. An interrupted push goes on where it stopped when it is given
+    again: what the Hub has already is not sent again.
+
+    Args:
+        folder: what a command wrote; of `init`, the folder with `adapter/` and `residual/`, or one of them.
+        target: `org/name`, or `org/name@branch`; model and branch are made where they do not exist.
+        private: make it private. A model that exists in public is refused.
+        create_pr: open a pull request instead of committing.
+        revision: the branch, 'main' by default.
+        message: of the commit.
+        progress: what to tell how far the work is.
+
+    Raises:
+        UsageError: no Hub id, or the folder is what an interrupted run left.
+        InputError: the folder is damaged, holds no model, or links lead out of it.
+        HubError: nobody is logged in, no right to write, network.
+    """
+    repo_id, branch = parse_target(target, revision, create_pr=create_pr)
+    place, shown = Path(folder).expanduser().resolve(), progress or Silent()
+    files, left_out = _files(place)
+    check_login(repo_id)
+    check = verify(place, progress=shown)
+    report = read_report(place)
+    done: Pushed = upload(
+        files,
+        repo_id,
+        private=private,
+        create_pr=create_pr,
+        revision=branch,
+        message=message or f"{report.command if report else 'Push'} with basis {__version__}",
+        progress=shown,
+    )
+    return PushResult(
+        path=place,
+        url=done.url,
+        repo_id=repo_id,
+        revision=branch,
+        commit=done.commit,
+        pull_request=done.pull_request,
+        files=sorted(files),
+        bytes=sum(file.stat().st_size for file in files.values()),
+        checked_digests=check.checked_digests,
+        left_out=left_out,
+        removed=done.removed,
+    )
+
+
+def parse_target(target: str, revision: str | None = None, *, create_pr: bool = False) -> tuple[str, str]:
+    """Return the Hub id and the branch of `org/name` or `org/name@branch`.
+
+    Raises:
+        UsageError: it is neither, there are two branches, or a pull request against another branch than main.
+    """
+    repo_id, at, named = target.partition("@")
+    if not is_hub_id(target):
+        raise UsageError(f"not a Hub id: '{target}'", remedy="write org/name or org/name@branch")
+    if at and revision is not None:
+        raise UsageError(f"two revisions: {named} and {revision}", remedy="give one")
+    branch = (named if at else revision) or "main"
+    if create_pr and branch != "main":
+        raise UsageError("the Hub opens pull requests against main", remedy="leave out the branch, or --create-pr")
+    return repo_id, branch
+
+
+def _files(place: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return the files to push by their names in the repository, and the names of those that are left out.
+
+    Raises:
+        UsageError: no folder, or one that an interrupted run left.
+        InputError: a link that leads somewhere else.
+    """
+    if not place.is_dir():
+        raise UsageError("not a folder", file=place, remedy="give the folder that a command wrote")
+    if place.suffix == ".partial" or (place / JOURNAL).exists():
+        raise UsageError(
+            "the output is not complete",
+            file=place,
+            remedy="give the command that makes it again: it goes on where it stopped",
+        )
+    files: dict[str, Path] = {}
+    left_out = []
+    code = _exported_code(models_in(place))
+    for file in sorted(place.rglob("*")):
+        name = file.relative_to(place).as_posix()
+        if file.is_symlink():
+            raise InputError(
+                "a link: what it leads to could be anything on this machine",
+                file=file,
+                remedy="put the file itself in its place",
+            )
+        if not file.is_file():
+            continue
+        if _belongs(file, name) or file in code:
+            files[name] = file
+        else:
+            left_out.append(name)
+    if (place / ADAPTER) in models_in(place):  # the Hub shows the card at the top; init writes it beside the adapter
+        files = _card_of(place / ADAPTER) | files
+    return files, left_out
+
+
+def _belongs(file: Path, name: str) -> bool:
+    if any(part.startswith(".") for part in name.split("/")):
+        return False
+    return file.suffix in _SUFFIXES or file.name.upper().startswith(_NAMES)
+
+
+def _card_of(adapter: Path) -> dict[str, Path]:
+    return {file.name: file for file in adapter.iterdir() if file.suffix in {".md", ".svg", ".png"}}
+
+
+def _exported_code(parts: Iterable[Path]) -> set[Path]:
+    """Return the Python files that `--export remote-code` wrote, byte for byte; no other code is ever pushed."""
+    found = set()
+    for folder in parts:
+        config = folder / "config.json"
+        if not read_json(config).get("auto_map"):
+            continue
+        try:
+            written = exported_files(config.read_bytes())
+        except InputError:
+            continue
+        for name, content in written.items():
+            file = folder / name
+            if file.suffix == ".py" and file.is_file() and file.read_bytes() == content:
+                found.add(file)
+    return found

@@ -1,0 +1,241 @@
+"""Running the steps of a recipe: outputs of one feed the next, and what was done is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, is_hub_id, resolve
+from basiscli.commands.merge.plan import ADAPTER_FILE
+from basiscli.commands.run.state import STATE, State, digest_of
+from basiscli.commands.run.steps import INPUTS, Step
+from basiscli.engine.threads import Progress
+from basiscli.errors import BasisError, InputError, UsageError
+from basiscli.gates import Outcome, failure_of
+from basiscli.names import for_json
+from basiscli.version import __version__
+
+_FILES = ("plugins",)  # options that name files whose contents decide the result, and that no step makes
+_INDIFFERENT = frozenset({"workers", "memory"})  # any of them gives the same bytes
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to."""
+
+    name: str
+    command: str
+    path: Path | None
+    """The folder it made, or the file of an evaluation's figures."""
+    numbers: Mapping[str, float]
+    url: str | None = None
+    """Of a push."""
+    done_before: bool = False
+    """Whether nothing had changed since an earlier run, and it was not done again."""
+    gates: list[Outcome] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "name": self.name,
+            "command": self.command,
+            "path": None if self.path is None else str(self.path),
+            "numbers": for_json(self.numbers),
+            "url": self.url,
+            "done_before": self.done_before,
+            "gates": [outcome.as_dict() for outcome in self.gates],
+        }
+
+
+@dataclass
+class Pipeline:
+    """The steps of a recipe, and the folder that holds what they make, a folder a step."""
+
+    file: Path
+    steps: list[Step]
+    folder: Path
+    overwrite: bool = False
+    state: State = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = State.read(self.folder)
+        self._check_order()
+        self._check_places()
+
+    def run(self, progress: Progress, finished: Callable[[StepResult], None]) -> list[StepResult]:
+        """Do the steps in order, each unless it was done before and nothing has changed since.
+
+        Args:
+            progress: what to tell how far the work is.
+            finished: called with each step's result.
+
+        Raises:
+            GateFailed: a step's numbers are outside what it asked for; the steps after it are not done.
+            BasisError: whatever the step's command raises.
+        """
+        results: list[StepResult] = []
+        outputs: dict[str, Path] = {}
+        for step in self.steps:
+            place, key = self.place(step), self.key(step, outputs)
+            done = self.state.is_done(step.name, key, place)
+            with of_step(step):
+                if not done:
+                    self._do(step, key, outputs, progress)
+                entry = self.state.steps[step.name]
+                outcomes = [gate.outcome(entry.numbers) for gate in step.gates]
+            results.append(StepResult(step.name, step.word, place, entry.numbers, entry.url, done, outcomes))
+            if place is not None and step.makes_model:
+                outputs[step.name] = place
+            finished(results[-1])
+            failure = failure_of(outcomes)
+            if failure is not None:
+                failure.file = str(self.file)
+                failure.remedy = f"the steps after '{step.name}' were not done"
+                raise failure
+        return results
+
+    def place(self, step: Step) -> Path | None:
+        """Return where a step's result goes: a folder, or the file of an evaluation's figures; None for a push."""
+        if step.word == "push":
+            return None
+        return self.folder / (f"{step.name}.json" if step.word == "eval" else step.name)
+
+    def key(self, step: Step, outputs: Mapping[str, Path], *, headers_only: bool = False) -> str:
+        """Return a digest of all that decides a step's result: its words, its options, the contents of its inputs.
+
+        Args:
+            step: one of these.
+            outputs: what earlier steps made.
+            headers_only: of models of the Hub that are not here fetch headers alone, which give the same key.
+        """
+        inputs = {"": step.given, **{name: [str(step.options[name])] for name in INPUTS & set(step.options)}}
+        contents = {
+            name: [self._content(step, meant(word, outputs), headers_only=headers_only) for word in words]
+            for name, words in inputs.items()
+        }
+        for name in _FILES:
+            given = step.options.get(name) or []
+            contents[name] = [self.state.content(Path(one)) for one in given if Path(one).exists()]
+        options = {name: value for name, value in step.options.items() if name not in _INDIFFERENT}
+        return digest_of([__version__, step.word, step.given, options, contents])
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _do(self, step: Step, key: str, outputs: Mapping[str, Path], progress: Progress) -> None:
+        given, options = inputs_of(step, outputs)
+        function, place = step.command.load(step.command.function), self.place(step)
+        if place is None:
+            pushed = function(given[0], options.pop("to"), progress=progress, **options)
+            self.state.record(step.name, key, None, {}, pushed.url)
+            return
+        ours = step.name in self.state.steps
+        if not ours and not place.exists():
+            self.state.begin(step.name)  # whatever ends this run, the next one may replace what it finds here
+        if step.word == "eval":
+            evaluation = function(given[0], progress=progress, **options)
+            place.write_text(json.dumps(for_json(evaluation.as_dict()), indent=1, allow_nan=False) + "\n")
+            self.state.record(step.name, key, place, evaluation.numbers, None)
+            return
+        if ours and _is_bare_adapter(place):
+            shutil.rmtree(place)  # `expand` writes no report, by which `--overwrite` would know it
+        made = function(
+            given if step.word == "merge" else given[0],
+            output=place,
+            progress=progress,
+            overwrite=self.overwrite or ours,
+            **options,
+        )
+        report = getattr(made, "report", None)
+        self.state.record(step.name, key, place, report.numbers if report else {}, None)
+
+    def _content(self, step: Step, word: str, *, headers_only: bool) -> Any:
+        """Return what identifies an input, with the base that it names itself if the step names none."""
+        place = Path(word).expanduser()
+        if not place.exists():
+            if step.word == "push" or not is_hub_id(word):
+                return None  # a file that is missing, which the command says
+            source = resolve(word, headers_only=headers_only)
+            return f"{source.repo_id}@{source.revision}"
+        content, source = self.state.content(place), Source(word, place)
+        if "base" in step.options or not source.is_adapter or source.base_model is None:
+            return content
+        bases = [place / source.base_model, Path(source.base_model)]
+        return [content, next((self.state.content(base) for base in bases if base.exists()), source.base_model)]
+
+    # What is refused before the work ----------------------------------------------------------------------------------
+
+    def _check_order(self) -> None:
+        makers = {step.name: number for number, step in enumerate(self.steps) if step.makes_model}
+        for number, step in enumerate(self.steps):
+            for word in words_of(step):
+                first = word.partition("/")[0]
+                if makers.get(first, -1) >= number and not Path(word).exists():
+                    raise InputError(
+                        f"the step '{step.name}' takes what "
+                        + ("itself makes" if first == step.name else f"'{first}' makes, which comes later"),
+                        file=self.file,
+                        remedy="put the steps in the order in which they need each other",
+                    )
+
+    def _check_places(self) -> None:
+        made = {step.name for step in self.steps}
+        if self.folder.is_file():
+            raise UsageError("the output is a file", file=self.folder, remedy="choose another -o")
+        inputs = {Path(w).resolve() for step in self.steps for w in words_of(step) if w.partition("/")[0] not in made}
+        for path in inputs & {self.folder, *self.folder.parents}:
+            if (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists():
+                raise UsageError(f"the output would lie inside an input: {path}", file=path, remedy="choose another -o")
+        if self.overwrite or not self.folder.exists():
+            return
+        if not (self.folder / STATE).is_file() and any(self.folder.iterdir()):
+            raise UsageError(
+                "the folder exists, and no recipe made it",
+                file=self.folder,
+                remedy="choose another -o, or add --overwrite to replace what basis made in it",
+            )
+        for step in self.steps:
+            place = self.place(step)
+            if place is not None and place.exists() and step.name not in self.state.steps:
+                raise UsageError(
+                    f"'{step.name}' is there already, and this recipe did not make it",
+                    file=place,
+                    remedy="choose another -o, or add --overwrite to replace what basis made",
+                )
+
+
+def words_of(step: Step) -> list[str]:
+    """Return the words of a step that may name what another step made."""
+    return [*step.given, *(str(step.options[name]) for name in sorted(INPUTS & set(step.options)))]
+
+
+def meant(word: str, outputs: Mapping[str, Path]) -> str:
+    """Return what a word names: an earlier step's result, or something in it, or what it says."""
+    first, _, rest = word.partition("/")
+    place = outputs.get(first)
+    return word if place is None else str(place / rest if rest else place)
+
+
+def inputs_of(step: Step, outputs: Mapping[str, Path]) -> tuple[list[str], dict[str, Any]]:
+    """Return what comes after the command, and the options, with paths in the place of steps' names."""
+    options = {k: meant(str(v), outputs) if k in INPUTS and v is not None else v for k, v in step.options.items()}
+    return [meant(word, outputs) for word in step.given], options
+
+
+@contextmanager
+def of_step(step: Step) -> Iterator[None]:
+    """Say in an error which step it is about."""
+    try:
+        yield
+    except BasisError as error:
+        error.what = f"step '{step.name}': {error.what}"
+        raise
+
+
+def _is_bare_adapter(place: Path) -> bool:
+    names = {item.name for item in place.iterdir()} if place.is_dir() else set()
+    return ADAPTER_CONFIG in names and names <= {ADAPTER_CONFIG, ADAPTER_FILE, "README.md"}

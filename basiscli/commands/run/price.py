@@ -1,0 +1,111 @@
+"""What the steps of a recipe would cost: each is planned on what the ones before it would make."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from basiscli.checkpoints.header import encode_header
+from basiscli.checkpoints.layout import METADATA, Layout
+from basiscli.checkpoints.sidecars import sidecar_files
+from basiscli.checkpoints.source import ADAPTER_CONFIG
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.commands.merge.plan import ADAPTER_FILE
+from basiscli.commands.run.pipeline import Pipeline, inputs_of, of_step, words_of
+from basiscli.commands.run.steps import Step
+from basiscli.engine.pricing import Price, price_of
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step would cost; None where only the work can tell."""
+
+    name: str
+    command: str
+    path: Path | None
+    done_before: bool
+    read_bytes: int | None = None
+    write_bytes: int | None = None
+    peak_bytes: int | None = None
+    price: Price | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return vars(self) | {
+            "path": None if self.path is None else str(self.path),
+            "price": None if self.price is None else self.price.as_dict(),
+        }
+
+
+def price(pipeline: Pipeline) -> list[StepPlan]:
+    """Return what every step would cost, and write nothing.
+
+    Where steps take what others would make, they are planned on folders of headers without data; of models of the Hub
+    that are not here, headers alone are fetched.
+    """
+    plans = []
+    outputs: dict[str, Path] = {}
+    undone: set[str] = set()
+    unknown: set[str] = set()
+    with TemporaryDirectory() as scratch:
+        for step in pipeline.steps:
+            place = pipeline.place(step)
+            takes = {word.partition("/")[0] for word in words_of(step)}
+            done = not takes & undone and pipeline.state.is_done(
+                step.name, pipeline.key(step, outputs, headers_only=True), place
+            )
+            shadow = Path(scratch) / step.name
+            plan = None if done or takes & unknown else _priced(step, place, outputs, shadow)
+            plans.append(plan or StepPlan(step.name, step.word, place, done))
+            if place is not None and step.makes_model:
+                outputs[step.name] = place if done else shadow
+                undone |= set() if done else {step.name}
+                unknown |= set() if done or shadow.exists() else {step.name}
+    return plans
+
+
+def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow: Path) -> StepPlan | None:
+    """Plan a step and leave a hollow folder, its shadow, in the place of its result; None for one without a plan."""
+    if step.command.planner is None:
+        return None
+    given, options = inputs_of(step, outputs)
+    planner = step.command.load(step.command.planner)
+    with of_step(step):
+        planned = planner(given if step.word == "merge" else given[0], output=shadow, headers_only=True, **options)
+    planned.close()
+    layout: Layout = planned.layout
+    model = planned.reference if step.word == "merge" else getattr(planned, "model", None)
+    if model is not None and layout.shards:
+        rank = planned.adapter_rank if step.word == "merge" else getattr(planned, "rank", None)
+        _hollow(layout, model, rank, shadow)
+    found = price_of(planned)
+    read, write = (None, layout.nbytes) if found is None else (found.read_bytes, found.write_bytes)
+    return StepPlan(step.name, step.word, place, False, read, write, getattr(planned, "peak_bytes", None), found)
+
+
+def _hollow(layout: Layout, model: Checkpoint, rank: int | None, folder: Path) -> None:
+    """Make a folder that looks like an output: headers, configuration and tokenizer, and holes for the data."""
+    for shard in layout.shards:
+        file = folder / shard.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        header, _ = encode_header(shard.tensors, METADATA)
+        file.write_bytes(header)
+        os.truncate(file, shard.nbytes)
+    for name, index in layout.indexes().items():
+        (folder / name).write_text(json.dumps(index))
+    for home in {(folder / shard.file).parent for shard in layout.shards}:
+        is_adapter = (home / ADAPTER_FILE).exists()
+        files = _adapter_config(model, rank) if is_adapter else sidecar_files(model, None, code=False)
+        for name, content in files.items():
+            (home / name).parent.mkdir(exist_ok=True)
+            (home / name).write_bytes(content)
+
+
+def _adapter_config(base: Checkpoint, rank: int | None) -> dict[str, bytes]:
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base.source.path), "r": rank, "lora_alpha": rank}
+    return {ADAPTER_CONFIG: json.dumps(config).encode()}

@@ -1,0 +1,257 @@
+"""Tasks and what does them; here in threads of one machine, within a memory budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from basiscli.engine.memory import Room
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MEMORY = 1_000_000_000
+"""Bytes that tasks may take together on a CPU, where the user does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work: usually one output tensor."""
+
+    key: str
+    """Its name in the journal."""
+    size: int
+    """Bytes it stands for in the progress bar."""
+    workspace: int
+    """Bytes of memory it needs while it runs."""
+    arguments: tuple[Any, ...]
+    """What the function that does it takes; plain data where another machine may do it."""
+    members: tuple[Task, ...] = ()
+    """The tasks that this one, then a batch without arguments of its own, does in step."""
+
+
+class Progress(Protocol):
+    """What shows how far a run is."""
+
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
+
+    def advance(self, size: int) -> None:
+        """Note that one task of this size is finished."""
+
+    def note(self, text: str) -> None:
+        """Say how the work stands, beside the bar."""
+
+    def stop(self) -> None:
+        """End the display."""
+
+
+class Silent:
+    """No display."""
+
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Show nothing."""
+
+    def advance(self, size: int) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
+    def stop(self) -> None:
+        """Show nothing."""
+
+
+class PartOf:
+    """The display of tasks that are part of a longer pass: it goes on, and does not begin again."""
+
+    def __init__(self, whole: Progress) -> None:
+        self._whole = whole
+
+    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
+        """Leave the display as it is."""
+
+    def advance(self, size: int) -> None:
+        """Count a task that stands for something in the whole."""
+        if size:
+            self._whole.advance(size)
+
+    def note(self, text: str) -> None:
+        """Say how the work stands."""
+        self._whole.note(text)
+
+    def stop(self) -> None:
+        """Leave the display as it is."""
+
+
+def default_workers() -> int:
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_workspace(workspaces: Sequence[int], workers: int, memory: int) -> int:
+    """Return the most memory that `Threads` lets tasks take together on a CPU."""
+    largest = sorted(workspaces, reverse=True)[:workers]
+    return min(sum(largest), max([memory, *largest[:1]]))
+
+
+def largest_first(tasks: Iterable[Task]) -> list[Task]:
+    """Return tasks in the order in which they are begun."""
+    return sorted(tasks, key=lambda task: (-task.workspace, task.key))
+
+
+class Engine(Protocol):
+    """What does tasks, here or elsewhere."""
+
+    def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        do: Callable[..., dict[str, Any]],
+        record: Callable[[str, dict[str, Any]], None],
+        *,
+        progress: Progress,
+        what: str,
+    ) -> None:
+        """Run tasks, the largest first, and record each as it ends; the first error stops the rest and is raised.
+
+        Args:
+            tasks: in any order; none depends on another.
+            do: takes a task's arguments, does it and returns the journal's entry; a run's method, so that a cluster's
+                workers can call it on a run of their own.
+            record: takes a task's key and entry, in this process.
+            progress: what to tell how far the work is.
+            what: what the display calls it.
+        """
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Does tasks in threads of this process, as many at a time as the memory of their devices allows.
+
+    Every thread is a pipeline of its own: it reads, copies, computes, copies back and writes. On a GPU each has a
+    stream, so that one thread's copies run beside another's kernels while others read, hash and write; several GPUs
+    share the threads and the list of tasks.
+
+    Every task runs single-threaded: BLAS sums in another order with another number of threads, so results could not be
+    the same bytes for any number of workers. The parallelism is between tasks.
+    """
+
+    workers: int
+    devices: Sequence[torch.device] = ()
+    """What threads compute on, in turn; none for whatever the tasks themselves choose."""
+    memory: int = DEFAULT_MEMORY
+    """Bytes that tasks may take together on a CPU; on a GPU it is what is free there. One task may always take more."""
+    notes: list[str] = field(default_factory=list)
+    """Where it is noted for the report what was done otherwise than planned."""
+
+    def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        do: Callable[..., dict[str, Any]],
+        record: Callable[[str, dict[str, Any]], None],
+        *,
+        progress: Progress,
+        what: str,
+    ) -> None:
+        """Run tasks; see `Engine`.
+
+        A task that runs out of memory runs again when it is alone on its device, a batch one member after another, and
+        what does not fit a GPU alone is done on the CPU.
+        """
+        from basiscli.engine.batches import do_task
+        from basiscli.engine.streams import exact_arithmetic, on_device, room_bytes
+
+        queue: Iterator[Task] = iter(largest_first(tasks))
+        lock = threading.Lock()
+        largest = max((task.workspace for task in tasks), default=0)
+        places: Sequence[torch.device | None] = self.devices or (None,)
+        rooms = [Room(max(room_bytes(place, self.memory), largest)) for place in places]
+        failure: BaseException | None = None
+
+        def take() -> Task | None:
+            with lock:
+                return next(queue, None) if failure is None else None
+
+        def work(place: torch.device | None, room: Room) -> None:
+            nonlocal failure
+            try:
+                with on_device(place):
+                    while (task := take()) is not None:
+                        with room.share(task.workspace, lambda: failure is not None) as held:
+                            if not held:
+                                return
+                            entries = _unless_out_of_memory(partial(do_task, do, task))
+                        if entries is None:
+                            parts = task.members or (task,)
+                            beside = f", with {len(parts) - 1} others in a batch," if task.members else ""
+                            self._say(f"{task.key}{beside} ran out of memory and was done again, alone", progress)
+                            with room.alone():
+                                entries = {part.key: self._alone(do, part, progress) for part in parts}
+                        for key, entry in entries.items():
+                            record(key, entry)
+                        progress.advance(task.size)
+            except BaseException as error:  # handed to the caller's thread
+                failure = failure or error
+                for other in rooms:
+                    other.wake()
+
+        progress.start(what, len(tasks), sum(task.size for task in tasks))
+        with exact_arithmetic():
+            threads = [
+                threading.Thread(
+                    target=work, args=(places[n % len(places)], rooms[n % len(rooms)]), name=f"basis-{n}", daemon=True
+                )
+                for n in range(self.workers)
+            ]
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            except KeyboardInterrupt as interrupt:
+                failure = interrupt
+                for room in rooms:
+                    room.wake()
+                for thread in threads:
+                    thread.join()
+                raise
+        if failure is not None:
+            raise failure
+
+    def _alone(self, do: Callable[..., dict[str, Any]], task: Task, progress: Progress) -> dict[str, Any]:
+        """Do a task that ran out of memory beside others."""
+        from basiscli.engine.streams import free_cached, on_cpu
+
+        free_cached()
+        elsewhere = on_cpu(do)
+        if elsewhere is None:
+            return do(*task.arguments)
+        entry = _unless_out_of_memory(partial(do, *task.arguments))
+        if entry is None:
+            free_cached()
+            self._say(f"{task.key} does not fit the device's memory and was done on the CPU", progress)
+            entry = elsewhere(*task.arguments)
+        return entry
+
+    def _say(self, text: str, progress: Progress) -> None:
+        progress.note(text)
+        self.notes.append(text)
+
+
+def _unless_out_of_memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what this does; None where its device's memory did not suffice.
+
+    The error ends here, and with it all that its frames hold.
+    """
+    from basiscli.engine.devices import ran_out_of_memory
+
+    try:
+        return do()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        return None

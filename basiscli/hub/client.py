@@ -1,0 +1,257 @@
+"""The Hugging Face Hub: models down, outputs up.
+
+Tokens, cache, endpoint and offline mode are left to huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from basiscli.checkpoints.digests import file_digest
+from basiscli.engine.threads import Progress
+from basiscli.errors import InputError, UsageError
+from basiscli.hub.errors import DamagedDownload, explained, retried
+from basiscli.version import __version__
+
+# What makes a checkpoint or an adapter; never code, training state or other frameworks' copies of the weights.
+BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+_WEIGHTS = ("*.safetensors", "*_model*.bin", "*.gguf")  # the first kind that a model has is taken
+_SKIP = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*/*.safetensors", "*/*.bin"]
+# Files by whose names a model is loaded: one that an earlier push left would be loaded with, or instead of, the new.
+_LOADED = re.compile(
+    r"(.*/)?((pytorch_model|model|adapter_model|kv_projection)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|kv_projection\.json|adapter_config\.json)"
+)
+_MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push made."""
+
+    repo_id: str
+    revision: str
+    """The branch."""
+    commit: str
+    url: str
+    """Of the pull request, or of the commit."""
+    pull_request: bool
+    removed: list[str]
+    """Weights of an earlier model that the same commit took away."""
+
+
+def pull(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
+    """Download a model, or find it in the cache.
+
+    Args:
+        repo_id: `org/name`.
+        revision: a branch, tag or commit; the default branch where none is given.
+
+    Returns:
+        The snapshot's folder and its commit.
+
+    Raises:
+        HubError: not found, gated, offline, rate limit, no connection, damaged bytes: each with what to do.
+        InputError: the repository holds no weights, or names a file outside of itself.
+    """
+    with explained(named(repo_id, revision), writing=False):
+        folder = retried(lambda: _download(repo_id, revision))
+    # huggingface_hub names a snapshot's folder by its commit.
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return folder, commit
+
+
+def named(repo_id: str, revision: str | None) -> str:
+    """Return what a user calls a model."""
+    return f"{repo_id}@{revision}" if revision else repo_id
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """Return the weights that a pull would take, of the files of a model."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    top = [name for name in names if "/" not in name]
+    found = (list(filter_repo_objects(top, allow_patterns=kind, ignore_patterns=_SKIP)) for kind in _WEIGHTS)
+    return next(filter(None, found), [])
+
+
+def fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Download files of a model, or find them in the cache, and return the snapshot's folder.
+
+    Raises:
+        DamagedDownload: a file has other bytes than the Hub says; it is gone from the cache then.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    before = {file.name for file in blobs.glob("*")}
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=_SKIP))
+    _check_digests(folder, before)
+    return folder
+
+
+def in_cache(repo_id: str, revision: str | None) -> Path | None:
+    """Return the folder of a model that was downloaded before, without asking the Hub; None where there is none."""
+    from huggingface_hub import errors, snapshot_download
+
+    for weights in _WEIGHTS:
+        with suppress(errors.LocalEntryNotFoundError):
+            folder = Path(
+                snapshot_download(
+                    repo_id, revision=revision, local_files_only=True, allow_patterns=weights, ignore_patterns=_SKIP
+                )
+            )
+            if any(folder.glob(weights)):
+                return folder
+    return None
+
+
+def no_weights(repo_id: str) -> InputError:
+    """Return the error for a model that is none."""
+    return InputError(f"{repo_id} holds no weights (.safetensors, .bin or .gguf)", remedy="give another model")
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors
+
+    for weights in _WEIGHTS:
+        folder = fetch(repo_id, revision, [*BESIDE_WEIGHTS, weights])
+        if any(folder.glob(weights)):
+            return folder
+    if constants.HF_HUB_OFFLINE:
+        raise errors.LocalEntryNotFoundError("the cache holds a part of it, without weights")
+    raise no_weights(repo_id)
+
+
+def _check_digests(folder: Path, before: set[str]) -> None:
+    """Compare what was downloaded just now with the digests that the Hub gave: huggingface_hub compares sizes only.
+
+    Raises:
+        DamagedDownload: a file has other bytes. It is gone from the cache then.
+    """
+    for link in folder.rglob("*"):
+        if not link.is_symlink():
+            continue
+        blob = link.parent / link.readlink()  # named by the digest
+        if blob.name not in before and not _fits(blob, blob.name):
+            blob.unlink()
+            link.unlink()
+            raise DamagedDownload(f"the bytes of {link.relative_to(folder)} do not have the digest that the Hub names")
+
+
+def _fits(file: Path, etag: str) -> bool:
+    """Return whether a file has its digest: SHA-256 for large files, else git's; mirrors may name other things."""
+    if re.fullmatch(r"[0-9a-f]{64}", etag):
+        return file_digest(file) == etag
+    if re.fullmatch(r"[0-9a-f]{40}", etag):
+        content = file.read_bytes()
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content)
+        return etag in {git.hexdigest(), hashlib.sha1(content).hexdigest()}  # the latter is Artifactory's
+    return True
+
+
+def check_login(repo_id: str) -> None:
+    """Find out before long work whether its result could be pushed at all.
+
+    Raises:
+        HubError: nobody is logged in, the token is not valid, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    with explained(repo_id, writing=True):
+        # A token of a trusted publisher (CI without a stored token) belongs to a repository, not to somebody.
+        if not (os.environ.get("HF_OIDC_RESOURCE") and get_token()):
+            retried(lambda: HfApi().whoami())
+
+
+def upload(
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    private: bool,
+    create_pr: bool,
+    revision: str,
+    message: str,
+    progress: Progress,
+) -> Pushed:
+    """Put files into a model of the Hub, all in one commit.
+
+    Large files go first, one after the other; what the Hub has already is not sent again, so that an interrupted push
+    goes on where it stopped. Only the commit, which comes last, makes them visible.
+
+    Args:
+        files: what to push, by its name in the repository.
+        repo_id: `org/name`; it is made where it does not exist.
+        private: make it private.
+        create_pr: open a pull request instead of committing to the branch.
+        revision: the branch; it is made where it does not exist.
+        message: of the commit.
+        progress: what to tell how far the work is.
+
+    Raises:
+        HubError: the Hub or the network says no.
+        UsageError: it shall be private and exists in public.
+    """
+    from huggingface_hub import HfApi
+
+    target = repo_id if revision == _MAIN else f"{repo_id}@{revision}"
+    api = HfApi(library_name="basiscli", library_version=__version__)
+    with explained(target, writing=True):
+        retried(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+        if private and not retried(lambda: api.model_info(repo_id)).private:
+            raise UsageError(
+                f"{repo_id} exists and is public", remedy="make it private in its settings, or leave out --private"
+            )
+        if revision != _MAIN and not revision.startswith("refs/"):
+            retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        return _commit(api, files, repo_id, create_pr=create_pr, revision=revision, message=message, progress=progress)
+
+
+def _commit(
+    api: Any,
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    create_pr: bool,
+    revision: str,
+    message: str,
+    progress: Progress,
+) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    folders = {name.rpartition("/")[0] for name in files if _LOADED.fullmatch(name)}
+
+    def attempt() -> Pushed:
+        # Anew at every try: a commit whose answer was lost is then found to be there, and is not made twice.
+        operations = {name: CommitOperationAdd(name, file) for name, file in files.items()}
+        large = {name: one for name, one in operations.items() if name.endswith(".safetensors")}
+        progress.start("upload", len(large), sum(one.upload_info.size for one in large.values()))
+        for one in large.values():
+            api.preupload_lfs_files(repo_id, [one], revision=revision, create_pr=create_pr, free_memory=False)
+            progress.advance(one.upload_info.size)
+        removed = [
+            name
+            for name in api.list_repo_files(repo_id, revision=revision)
+            if name not in files and _LOADED.fullmatch(name) and name.rpartition("/")[0] in folders
+        ]
+        done = api.create_commit(
+            repo_id,
+            [*operations.values(), *map(CommitOperationDelete, removed)],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+        return Pushed(repo_id, revision, done.oid, done.pr_url or done.commit_url, bool(done.pr_url), removed)
+
+    try:
+        # A pull request whose answer was lost cannot be told from one that was not opened: it is not tried again.
+        return attempt() if create_pr else retried(attempt)
+    finally:
+        progress.stop()

@@ -1,0 +1,256 @@
+"""Moments of what linear layers get from calibration text, as tasks that any process can do.
+
+For every layer there are two rounds of tasks. First each batch of windows passes the layer and leaves its hidden states
+and the inputs of the layer's targets. Then each strip of each moment is summed over the batches in their order: so no
+sum depends on who does what, and one matrix of moments is shared out, too.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from basiscli.calibration.tokens import Windows
+from basiscli.checkpoints.views import Checkpoint
+from basiscli.checkpoints.writer import Shards
+from basiscli.commands.merge.reader import is_finite
+from basiscli.engine.devices import working_dtype
+from basiscli.engine.row_blocks import StoredMoments, add_rows, begun, strip_bytes, strip_key, strips
+from basiscli.engine.tensor_store import Exchange, exchange_of, get_windows
+from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
+from basiscli.errors import InputError
+from basiscli.model.layer_inputs import Inputs
+from basiscli.model.layerwise import LayerwiseModel
+
+
+class Calibrated(Protocol):
+    """What a plan says of the model that runs."""
+
+    @property
+    def model(self) -> Checkpoint:
+        """Its checkpoint."""
+
+    @property
+    def targets(self) -> Mapping[str, str]:
+        """Modules of the loaded model whose inputs are wanted, by their weights' names."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The same without a plan."""
+
+    model: Checkpoint
+    targets: Mapping[str, str]
+
+
+@dataclass
+class MomentsRun:
+    """One run of the calibration text through a model.
+
+    `moments` hands out the tasks `enter`, `through`, `leave` and `add`; on a cluster every worker has a run of its own.
+    """
+
+    plan: Calibrated
+    output: Shards
+    progress: Progress
+    device: torch.device
+    engine: Engine
+    _model: LayerwiseModel | None = None
+    _readers: dict[str, str] = field(default_factory=dict)
+    """Modules whose inputs are being summed, and the first of those that read the same."""
+    _stored: dict[str, StoredMoments] = field(default_factory=dict)
+    """By the first module that reads them."""
+    _lock: Any = field(default_factory=threading.Lock)
+
+    def moments(self, windows: Windows) -> Iterator[dict[str, StoredMoments]]:
+        """Yield the inputs' moments of targets by module name, one layer after another; they last until the next.
+
+        Targets that read the same tensor share one object. Targets outside the layers come first or last, with those
+        that run before the layers and after them.
+
+        Raises:
+            InputError: a model that cannot be run so, or weights that are missing or give NaN.
+        """
+        exchange = exchange_of(self.engine, self.output, windows)
+        (text,) = self._do([Task("entering", 0, self._workspace(0), (exchange,))], self.enter)
+        sizes, layers = text["sizes"], text["layers"]
+        # In memory the inputs of as many batches wait to be added as pass side by side; on a disk all may.
+        step = self.engine.workers if isinstance(self.engine, Threads) else len(sizes)
+        waves = [range(first, min(first + step, len(sizes))) for first in range(0, len(sizes), step)]
+        self.progress.start("reading inputs", layers, layers * sum(sizes), "tokens")
+        self._sum("before", dict(enumerate(text["inputs"])), exchange)
+        outside = [name for name in self.plan.targets.values() if not name.startswith(f"{text['path']}.")]
+        late = [name for name in outside if name not in self._readers]
+        yield from self._summed()
+        for place in range(layers):
+            for wave in waves:
+                tasks = [
+                    Task(f"layer {place} of batch {n}", sizes[n], self._workspace(sizes[n]), (place, n, exchange))
+                    for n in wave
+                ]
+                self._sum(f"layer{place}", dict(zip(wave, self._do(tasks, self.through), strict=True)), exchange)
+                for number in wave:
+                    exchange.drop(_hidden(place, number))
+            if self._model is not None:
+                self._model.release()
+            yield from self._summed()
+        for wave in waves if late else ():
+            tasks = [Task(f"end of batch {n}", 0, self._workspace(sizes[n]), (layers, n, late, exchange)) for n in wave]
+            self._sum("after", dict(zip(wave, self._do(tasks, self.leave), strict=True)), exchange)
+        if self._model is not None:
+            self._model.release()
+        yield from self._summed()
+
+    # Tasks ------------------------------------------------------------------------------------------------------------
+
+    def enter(self, exchange: Exchange) -> dict[str, Any]:
+        """Run all of the text through what comes before the layers; return what is known of it then."""
+        model = self._layerwise(exchange)
+        inputs = []
+        for number, (hidden, given) in enumerate(model.enter()):
+            exchange.put(_hidden(0, number), {"hidden": hidden})
+            inputs.append(_kept(given, _inputs("before", number), exchange))
+        sizes = [batch.ids.numel() for batch in model.batches]
+        return {"path": model.path, "layers": len(model.layers), "sizes": sizes, "inputs": inputs}
+
+    def through(self, place: int, number: int, exchange: Exchange) -> dict[str, Any]:
+        """Run a batch through a layer."""
+        model = self._layerwise(exchange)
+        (hidden,) = exchange.get(_hidden(place, number)).values()
+        hidden, inputs = model.through(place, number, hidden.to(model.device))
+        if not is_finite(hidden):
+            raise InputError(
+                f"layer {place} gives NaN or Inf on the calibration text",
+                file=self.plan.model.source.folder,
+                remedy="check the model with `basis eval`, or give a sound checkpoint",
+            )
+        exchange.put(_hidden(place + 1, number), {"hidden": hidden})
+        return _kept(inputs, _inputs(f"layer{place}", number), exchange)
+
+    def leave(self, layers: int, number: int, late: Sequence[str], exchange: Exchange) -> dict[str, Any]:
+        """Run a batch through what comes after the layers, as far as these targets."""
+        model = self._layerwise(exchange)
+        (hidden,) = exchange.get(_hidden(layers, number)).values()
+        inputs = model.leave(number, hidden.to(model.device), late)
+        return _kept(inputs, _inputs("after", number), exchange)
+
+    def add(self, module: str, strip: slice, keys: Sequence[str], is_begun: bool, exchange: Exchange) -> dict[str, Any]:
+        """Add a module's inputs of some batches to one strip of their moments, which are about the first one's mean.
+
+        Raises:
+            InputError: NaN or Inf among it.
+        """
+        sums = {name: x.clone() for name, x in exchange.get(strip_key(module, strip)).items()} if is_begun else {}
+        for key in keys:
+            rows, mean = (x.to(self.device) for x in exchange.get(key, module, _mean(module)).values())
+            sums = sums or begun(strip, mean)
+            add_rows(sums, strip, rows)
+        if not is_finite(sums["second"]):
+            raise InputError(
+                "what this layer gets from the calibration text holds NaN or Inf",
+                file=self.plan.model.source.folder,
+                tensor=f"{module}.weight",
+                remedy="check the model with `basis eval`, or give a sound checkpoint",
+            )
+        exchange.put(strip_key(module, strip), sums)
+        return {}
+
+    def _layerwise(self, exchange: Exchange) -> LayerwiseModel:
+        with self._lock:
+            if self._model is None:
+                read = self.plan.model
+                dtype = working_dtype(self.device, read.tensors.values())
+                windows = get_windows(exchange)
+                self._model = LayerwiseModel(read, list(self.plan.targets.values()), windows, self.device, dtype)
+            return self._model
+
+    # Handing them out -------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self.engine, Threads)
+
+    def _do(self, tasks: Sequence[Task], do: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
+        """Have tasks done, and return their results in the tasks' order."""
+        done: dict[str, dict[str, Any]] = {}
+        self.engine.run_tasks(tasks, do, done.__setitem__, progress=PartOf(self.progress), what="")
+        return [done[task.key] for task in tasks]
+
+    def _sum(self, where: str, passed: Mapping[int, dict[str, Any]], exchange: Exchange) -> None:
+        """Have what batches left of their inputs added to the moments."""
+        keys: dict[str, list[str]] = {}
+        counts: Counter[str] = Counter()
+        for number, left in passed.items():
+            for module, first in left["readers"].items():
+                if self._readers.setdefault(module, first) != first:
+                    raise InputError(
+                        f"it reads the same tensor as {first} in one part of the text, and another in the next",
+                        tensor=f"{module}.weight",
+                        remedy="leave it out with --target-modules",
+                    )
+            for module, (count, width) in left["rows"].items():
+                self._stored.setdefault(module, StoredMoments(exchange, module, width, 0))
+                counts[module] += count
+                if count:
+                    keys.setdefault(module, []).append(_inputs(where, number))
+        tasks = [
+            Task(
+                f"{module}, moments from {strip.start}", 0, 0 if self._is_local else strip_bytes(strip, stored.width),
+                (module, strip, keys[module], stored.count > 0, exchange),
+            )
+            for module, stored in self._stored.items()
+            if module in keys
+            for strip in strips(stored.width)
+        ]  # fmt: skip
+        self._do(tasks, self.add)
+        for module, count in counts.items():
+            self._stored[module] = replace(self._stored[module], count=self._stored[module].count + count)
+        for number in passed:
+            exchange.drop(_inputs(where, number))
+
+    def _summed(self) -> Iterator[dict[str, StoredMoments]]:
+        """Yield the moments that are complete, and forget them."""
+        if self._stored:
+            yield {module: self._stored[first] for module, first in self._readers.items()}
+        for stored in self._stored.values():
+            stored.drop()
+        self._stored, self._readers = {}, {}
+
+    def _workspace(self, tokens: int) -> int:
+        """Return the memory of a worker that runs so many tokens through a layer."""
+        if self._is_local:
+            return 0  # they share the layer, and --workers says how many batches are to pass it side by side
+        parts: Counter[str] = Counter()
+        widths: Counter[str] = Counter()
+        for name, tensor in self.plan.model.tensors.items():
+            layer = re.search(r"\.(\d+)\.", name)
+            parts[layer[1] if layer else ""] += tensor.count
+            if name in self.plan.targets:
+                widths[layer[1] if layer else ""] += sum(tensor.shape)
+        return 4 * (max(parts.values()) + tokens * max(widths.values()))
+
+
+def _kept(inputs: Inputs, key: str, exchange: Exchange) -> dict[str, Any]:
+    """Keep inputs for the tasks that add them; return who read them, and how many there are."""
+    given = {module: rows for module, rows in inputs.rows.items() if len(rows)}
+    means = {_mean(module): rows.mean(0, dtype=torch.float64).float() for module, rows in given.items()}
+    exchange.put(key, given | means)
+    return {"readers": inputs.readers, "rows": {module: list(rows.shape) for module, rows in inputs.rows.items()}}
+
+
+def _inputs(where: str, number: int) -> str:
+    return f"inputs-{where}-{number}"
+
+
+def _hidden(place: int, number: int) -> str:
+    return f"hidden-{place}-{number}"
+
+
+def _mean(module: str) -> str:
+    return f"{module}-mean"

@@ -1,1 +1,0 @@
-"""Recipes: whole pipelines in YAML, and mergekit's files as they are."""
