@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from basiscli.cli.gates_and_push import After
+from basiscli.cli.gates_and_push import GatesAndPush
 from basiscli.cli.output import Output, Progress
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ P = TypeVar("P", bound=Planned)
 M = TypeVar("M", bound=Made)
 
 
-def carry_out(
+def execute(
     plan: P,
     run: Callable[[P, Progress], M],
     out: Output,
-    after: After,
+    after: GatesAndPush,
     *,
     dry_run: bool,
     document: Callable[[P], dict[str, Any]],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from basiscli.transforms import Method
 
 
-class After:
+class GatesAndPush:
     """The gates and the push of one command: checked before the work as far as they can be, done after it."""
 
     def __init__(

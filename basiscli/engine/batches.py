@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from basiscli.engine.streams import same_lane
+from basiscli.engine.streams import same_stream
 from basiscli.engine.threads import Task
 from basiscli.linalg.eigen import GivenUp, Step
 
@@ -55,13 +55,13 @@ def do_task(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, dict[str
     """Do a task, or the members of a batch in step; return the journal's entries by key."""
     if not task.members:
         return {task.key: do(*task.arguments)}
-    step, lane = Step(len(task.members)), same_lane()
+    step, stream = Step(len(task.members)), same_stream()
     entries: dict[str, dict[str, Any]] = {}
     errors: list[BaseException] = []
 
     def work(number: int, member: Task) -> None:
         try:
-            with lane(), step.member(number):
+            with stream(), step.member(number):
                 entries[member.key] = do(*member.arguments)
         except GivenUp:
             pass  # the thread that failed says why

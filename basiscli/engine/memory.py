@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Room:
+class MemoryBudget:
     """So many bytes, handed out to tasks; a task that needs more than there are runs alone."""
 
     def __init__(self, size: int) -> None:

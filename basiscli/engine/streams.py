@@ -21,7 +21,7 @@ def devices_of(device: torch.device) -> list[torch.device]:
     return [device]
 
 
-def room_bytes(device: torch.device | None, least: int) -> int:
+def budget_bytes(device: torch.device | None, least: int) -> int:
     """Return the memory that tasks may take together on a device: on a CPU the least that is always there."""
     if device is None or device.type != "cuda":
         return least
@@ -50,7 +50,7 @@ def on_device(device: torch.device | None) -> Iterator[None]:
         yield
 
 
-def same_lane() -> Callable[[], AbstractContextManager[Any]]:
+def same_stream() -> Callable[[], AbstractContextManager[Any]]:
     """Return what has other threads compute where this one does: on its GPU, in its stream's order."""
     if not torch.cuda.is_initialized():
         return nullcontext

@@ -1,4 +1,4 @@
-"""Tensors that one task leaves for others: in memory, or in files that the machines of a cluster share."""
+"""Stores of tensors by key, through which tasks hand results on: in memory, or in files on a shared disk."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from basiscli.engine.threads import Engine, Threads
 _WINDOWS = "windows"
 
 
-class Exchange(Protocol):
-    """Where tasks put tensors under a key, and get them."""
+class TensorStore(Protocol):
+    """A store of named tensors under keys, which tasks of one run share."""
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors by name; those of an earlier task with the same key are replaced."""
@@ -34,28 +34,28 @@ class Exchange(Protocol):
         """Forget it, if it is there."""
 
 
-class InMemory:
+class MemoryStore:
     """For tasks of one process: the tensors themselves, which nobody may change."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Tensor]] = {}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors; see `Exchange`."""
+        """Keep tensors; see `TensorStore`."""
         self._kept[key] = dict(tensors)
 
     def get(self, key: str, *names: str) -> dict[str, Tensor]:
-        """Return them; see `Exchange`."""
+        """Return them; see `TensorStore`."""
         kept = self._kept[key]
         return {name: kept[name] for name in names or kept}
 
     def drop(self, key: str) -> None:
-        """Forget them; see `Exchange`."""
+        """Forget them; see `TensorStore`."""
         self._kept.pop(key, None)
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class FileStore:
     """For tasks of several machines: a file a key.
 
     Files stay until they are dropped, so that the task of a lost worker finds what it reads again; what it wrote is
@@ -65,32 +65,32 @@ class OnDisk:
     folder: Path
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors; see `Exchange`."""
+        """Keep tensors; see `TensorStore`."""
         specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
         write_file(self._file(key), specs, (tensor.contiguous() for tensor in tensors.values()))
 
     def get(self, key: str, *names: str) -> dict[str, Tensor]:
-        """Return them; see `Exchange`."""
+        """Return them; see `TensorStore`."""
         with closing(Checkpoint.open(Source(key, self._file(key)))) as stored:
             return {name: stored.read(name) for name in names or stored.tensors}
 
     def drop(self, key: str) -> None:
-        """Forget them; see `Exchange`."""
+        """Forget them; see `TensorStore`."""
         self._file(key).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
 
-def exchange_of(engine: Engine, output: Shards, windows: Windows) -> Exchange:
-    """Return where an engine's tasks find what others left, and the calibration text: no worker reads it again."""
-    exchange: Exchange = InMemory() if isinstance(engine, Threads) else OnDisk(output.scratch)
+def store_for(engine: Engine, output: Shards, windows: Windows) -> TensorStore:
+    """Return the store that an engine needs, with the calibration text in it so that no worker tokenises it again."""
+    store: TensorStore = MemoryStore() if isinstance(engine, Threads) else FileStore(output.scratch)
     parts = {"ids": windows.ids, "labels": windows.labels, "mask": windows.attention_mask, "counted": windows.counted}
-    exchange.put(_WINDOWS, {name: part for name, part in parts.items() if part is not None})
-    return exchange
+    store.put(_WINDOWS, {name: part for name, part in parts.items() if part is not None})
+    return store
 
 
-def get_windows(exchange: Exchange) -> Windows:
+def get_windows(store: TensorStore) -> Windows:
     """Return the calibration text."""
-    parts = exchange.get(_WINDOWS)
+    parts = store.get(_WINDOWS)
     return Windows(parts["ids"], parts["labels"], parts.get("mask"), "", "", parts.get("counted"))

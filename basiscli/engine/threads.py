@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from basiscli.engine.memory import Room
+from basiscli.engine.memory import MemoryBudget
 
 if TYPE_CHECKING:
     import torch
@@ -163,25 +163,25 @@ class Threads:
         what does not fit a GPU alone is done on the CPU.
         """
         from basiscli.engine.batches import do_task
-        from basiscli.engine.streams import exact_arithmetic, on_device, room_bytes
+        from basiscli.engine.streams import budget_bytes, exact_arithmetic, on_device
 
         queue: Iterator[Task] = iter(largest_first(tasks))
         lock = threading.Lock()
         largest = max((task.workspace for task in tasks), default=0)
         places: Sequence[torch.device | None] = self.devices or (None,)
-        rooms = [Room(max(room_bytes(place, self.memory), largest)) for place in places]
+        budgets = [MemoryBudget(max(budget_bytes(place, self.memory), largest)) for place in places]
         failure: BaseException | None = None
 
         def take() -> Task | None:
             with lock:
                 return next(queue, None) if failure is None else None
 
-        def work(place: torch.device | None, room: Room) -> None:
+        def work(place: torch.device | None, budget: MemoryBudget) -> None:
             nonlocal failure
             try:
                 with on_device(place):
                     while (task := take()) is not None:
-                        with room.share(task.workspace, lambda: failure is not None) as held:
+                        with budget.share(task.workspace, lambda: failure is not None) as held:
                             if not held:
                                 return
                             entries = _unless_out_of_memory(partial(do_task, do, task))
@@ -189,21 +189,24 @@ class Threads:
                             parts = task.members or (task,)
                             beside = f", with {len(parts) - 1} others in a batch," if task.members else ""
                             self._say(f"{task.key}{beside} ran out of memory and was done again, alone", progress)
-                            with room.alone():
+                            with budget.alone():
                                 entries = {part.key: self._alone(do, part, progress) for part in parts}
                         for key, entry in entries.items():
                             record(key, entry)
                         progress.advance(task.size)
             except BaseException as error:  # handed to the caller's thread
                 failure = failure or error
-                for other in rooms:
+                for other in budgets:
                     other.wake()
 
         progress.start(what, len(tasks), sum(task.size for task in tasks))
         with exact_arithmetic():
             threads = [
                 threading.Thread(
-                    target=work, args=(places[n % len(places)], rooms[n % len(rooms)]), name=f"basis-{n}", daemon=True
+                    target=work,
+                    args=(places[n % len(places)], budgets[n % len(budgets)]),
+                    name=f"basis-{n}",
+                    daemon=True,
                 )
                 for n in range(self.workers)
             ]
@@ -214,8 +217,8 @@ class Threads:
                     thread.join()
             except KeyboardInterrupt as interrupt:
                 failure = interrupt
-                for room in rooms:
-                    room.wake()
+                for budget in budgets:
+                    budget.wake()
                 for thread in threads:
                     thread.join()
                 raise

@@ -85,7 +85,7 @@ class LayerwiseModel:
 
     # The passes -------------------------------------------------------------------------------------------------------
 
-    def enter(self) -> Iterator[tuple[Tensor, Inputs]]:
+    def forward_to_layers(self) -> Iterator[tuple[Tensor, Inputs]]:
         """Run what comes before the layers; yield each batch's hidden states, and the inputs of targets there.
 
         Raises:
@@ -99,7 +99,7 @@ class LayerwiseModel:
             yield hidden, collector.inputs
         self.release()  # embeddings, most of all
 
-    def through(self, place: int, number: int, hidden: Tensor) -> tuple[Tensor, Inputs]:
+    def forward_layer(self, place: int, number: int, hidden: Tensor) -> tuple[Tensor, Inputs]:
         """Run a batch through a layer; return its hidden states behind it, and the inputs of targets in it."""
         args, kwargs = self._arguments_of(number)[place]
         with self._lock:
@@ -110,7 +110,7 @@ class LayerwiseModel:
             out = self.layers[place](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out, collector.inputs
 
-    def leave(self, number: int, hidden: Tensor, wanted: Sequence[str]) -> Inputs:
+    def forward_head(self, number: int, hidden: Tensor, wanted: Sequence[str]) -> Inputs:
         """Run what comes after the layers until these targets have been called; return their inputs."""
 
         def replay(place: int, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -160,7 +160,7 @@ class LayerwiseModel:
     def _arguments_of(self, number: int) -> LayerArguments:
         with self._lock:
             if not self._arguments:  # on a cluster the text entered the model of another process
-                for _ in self.enter():
+                for _ in self.forward_to_layers():
                     pass
         return self._arguments[number]
 

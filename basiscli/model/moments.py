@@ -1,7 +1,7 @@
 """Moments of what linear layers get from calibration text, as tasks that any process can do.
 
 For every layer there are two rounds of tasks. First each batch of windows passes the layer and leaves its hidden states
-and the inputs of the layer's targets. Then each strip of each moment is summed over the batches in their order: so no
+and the inputs of the layer's targets. Then each block of each moment is summed over the batches in their order: so no
 sum depends on who does what, and one matrix of moments is shared out, too.
 """
 
@@ -21,12 +21,12 @@ from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import Shards
 from basiscli.commands.merge.reader import is_finite
 from basiscli.engine.devices import working_dtype
-from basiscli.engine.row_blocks import StoredMoments, add_rows, begun, strip_bytes, strip_key, strips
-from basiscli.engine.tensor_store import Exchange, exchange_of, get_windows
+from basiscli.engine.tensor_store import TensorStore, get_windows, store_for
 from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
 from basiscli.errors import InputError
 from basiscli.model.layer_inputs import Inputs
 from basiscli.model.layerwise import LayerwiseModel
+from basiscli.model.stored_moments import StoredMoments, add_rows, block_bytes, block_key, empty_sums, moment_blocks
 
 
 class Calibrated(Protocol):
@@ -77,80 +77,80 @@ class MomentsRun:
         Raises:
             InputError: a model that cannot be run so, or weights that are missing or give NaN.
         """
-        exchange = exchange_of(self.engine, self.output, windows)
-        (text,) = self._do([Task("entering", 0, self._workspace(0), (exchange,))], self.enter)
+        store = store_for(self.engine, self.output, windows)
+        (text,) = self._do([Task("entering", 0, self._workspace(0), (store,))], self.embed)
         sizes, layers = text["sizes"], text["layers"]
         # In memory the inputs of as many batches wait to be added as pass side by side; on a disk all may.
         step = self.engine.workers if isinstance(self.engine, Threads) else len(sizes)
         waves = [range(first, min(first + step, len(sizes))) for first in range(0, len(sizes), step)]
         self.progress.start("reading inputs", layers, layers * sum(sizes), "tokens")
-        self._sum("before", dict(enumerate(text["inputs"])), exchange)
+        self._sum("before", dict(enumerate(text["inputs"])), store)
         outside = [name for name in self.plan.targets.values() if not name.startswith(f"{text['path']}.")]
         late = [name for name in outside if name not in self._readers]
         yield from self._summed()
         for place in range(layers):
             for wave in waves:
                 tasks = [
-                    Task(f"layer {place} of batch {n}", sizes[n], self._workspace(sizes[n]), (place, n, exchange))
+                    Task(f"layer {place} of batch {n}", sizes[n], self._workspace(sizes[n]), (place, n, store))
                     for n in wave
                 ]
-                self._sum(f"layer{place}", dict(zip(wave, self._do(tasks, self.through), strict=True)), exchange)
+                self._sum(f"layer{place}", dict(zip(wave, self._do(tasks, self.forward_layer), strict=True)), store)
                 for number in wave:
-                    exchange.drop(_hidden(place, number))
+                    store.drop(_hidden(place, number))
             if self._model is not None:
                 self._model.release()
             yield from self._summed()
         for wave in waves if late else ():
-            tasks = [Task(f"end of batch {n}", 0, self._workspace(sizes[n]), (layers, n, late, exchange)) for n in wave]
-            self._sum("after", dict(zip(wave, self._do(tasks, self.leave), strict=True)), exchange)
+            tasks = [Task(f"end of batch {n}", 0, self._workspace(sizes[n]), (layers, n, late, store)) for n in wave]
+            self._sum("after", dict(zip(wave, self._do(tasks, self.forward_head), strict=True)), store)
         if self._model is not None:
             self._model.release()
         yield from self._summed()
 
     # Tasks ------------------------------------------------------------------------------------------------------------
 
-    def enter(self, exchange: Exchange) -> dict[str, Any]:
+    def embed(self, store: TensorStore) -> dict[str, Any]:
         """Run all of the text through what comes before the layers; return what is known of it then."""
-        model = self._layerwise(exchange)
+        model = self._layerwise(store)
         inputs = []
-        for number, (hidden, given) in enumerate(model.enter()):
-            exchange.put(_hidden(0, number), {"hidden": hidden})
-            inputs.append(_kept(given, _inputs("before", number), exchange))
+        for number, (hidden, given) in enumerate(model.forward_to_layers()):
+            store.put(_hidden(0, number), {"hidden": hidden})
+            inputs.append(_kept(given, _inputs("before", number), store))
         sizes = [batch.ids.numel() for batch in model.batches]
         return {"path": model.path, "layers": len(model.layers), "sizes": sizes, "inputs": inputs}
 
-    def through(self, place: int, number: int, exchange: Exchange) -> dict[str, Any]:
+    def forward_layer(self, place: int, number: int, store: TensorStore) -> dict[str, Any]:
         """Run a batch through a layer."""
-        model = self._layerwise(exchange)
-        (hidden,) = exchange.get(_hidden(place, number)).values()
-        hidden, inputs = model.through(place, number, hidden.to(model.device))
+        model = self._layerwise(store)
+        (hidden,) = store.get(_hidden(place, number)).values()
+        hidden, inputs = model.forward_layer(place, number, hidden.to(model.device))
         if not is_finite(hidden):
             raise InputError(
                 f"layer {place} gives NaN or Inf on the calibration text",
                 file=self.plan.model.source.folder,
                 remedy="check the model with `basis eval`, or give a sound checkpoint",
             )
-        exchange.put(_hidden(place + 1, number), {"hidden": hidden})
-        return _kept(inputs, _inputs(f"layer{place}", number), exchange)
+        store.put(_hidden(place + 1, number), {"hidden": hidden})
+        return _kept(inputs, _inputs(f"layer{place}", number), store)
 
-    def leave(self, layers: int, number: int, late: Sequence[str], exchange: Exchange) -> dict[str, Any]:
+    def forward_head(self, layers: int, number: int, late: Sequence[str], store: TensorStore) -> dict[str, Any]:
         """Run a batch through what comes after the layers, as far as these targets."""
-        model = self._layerwise(exchange)
-        (hidden,) = exchange.get(_hidden(layers, number)).values()
-        inputs = model.leave(number, hidden.to(model.device), late)
-        return _kept(inputs, _inputs("after", number), exchange)
+        model = self._layerwise(store)
+        (hidden,) = store.get(_hidden(layers, number)).values()
+        inputs = model.forward_head(number, hidden.to(model.device), late)
+        return _kept(inputs, _inputs("after", number), store)
 
-    def add(self, module: str, strip: slice, keys: Sequence[str], is_begun: bool, exchange: Exchange) -> dict[str, Any]:
-        """Add a module's inputs of some batches to one strip of their moments, which are about the first one's mean.
+    def add(self, module: str, block: slice, keys: Sequence[str], is_begun: bool, store: TensorStore) -> dict[str, Any]:
+        """Add a module's inputs of some batches to one block of their moments, which are about the first one's mean.
 
         Raises:
             InputError: NaN or Inf among it.
         """
-        sums = {name: x.clone() for name, x in exchange.get(strip_key(module, strip)).items()} if is_begun else {}
+        sums = {name: x.clone() for name, x in store.get(block_key(module, block)).items()} if is_begun else {}
         for key in keys:
-            rows, mean = (x.to(self.device) for x in exchange.get(key, module, _mean(module)).values())
-            sums = sums or begun(strip, mean)
-            add_rows(sums, strip, rows)
+            rows, mean = (x.to(self.device) for x in store.get(key, module, _mean(module)).values())
+            sums = sums or empty_sums(block, mean)
+            add_rows(sums, block, rows)
         if not is_finite(sums["second"]):
             raise InputError(
                 "what this layer gets from the calibration text holds NaN or Inf",
@@ -158,15 +158,15 @@ class MomentsRun:
                 tensor=f"{module}.weight",
                 remedy="check the model with `basis eval`, or give a sound checkpoint",
             )
-        exchange.put(strip_key(module, strip), sums)
+        store.put(block_key(module, block), sums)
         return {}
 
-    def _layerwise(self, exchange: Exchange) -> LayerwiseModel:
+    def _layerwise(self, store: TensorStore) -> LayerwiseModel:
         with self._lock:
             if self._model is None:
                 read = self.plan.model
                 dtype = working_dtype(self.device, read.tensors.values())
-                windows = get_windows(exchange)
+                windows = get_windows(store)
                 self._model = LayerwiseModel(read, list(self.plan.targets.values()), windows, self.device, dtype)
             return self._model
 
@@ -182,7 +182,7 @@ class MomentsRun:
         self.engine.run_tasks(tasks, do, done.__setitem__, progress=PartOf(self.progress), what="")
         return [done[task.key] for task in tasks]
 
-    def _sum(self, where: str, passed: Mapping[int, dict[str, Any]], exchange: Exchange) -> None:
+    def _sum(self, where: str, passed: Mapping[int, dict[str, Any]], store: TensorStore) -> None:
         """Have what batches left of their inputs added to the moments."""
         keys: dict[str, list[str]] = {}
         counts: Counter[str] = Counter()
@@ -195,24 +195,24 @@ class MomentsRun:
                         remedy="leave it out with --target-modules",
                     )
             for module, (count, width) in left["rows"].items():
-                self._stored.setdefault(module, StoredMoments(exchange, module, width, 0))
+                self._stored.setdefault(module, StoredMoments(store, module, width, 0))
                 counts[module] += count
                 if count:
                     keys.setdefault(module, []).append(_inputs(where, number))
         tasks = [
             Task(
-                f"{module}, moments from {strip.start}", 0, 0 if self._is_local else strip_bytes(strip, stored.width),
-                (module, strip, keys[module], stored.count > 0, exchange),
+                f"{module}, moments from {block.start}", 0, 0 if self._is_local else block_bytes(block, stored.width),
+                (module, block, keys[module], stored.count > 0, store),
             )
             for module, stored in self._stored.items()
             if module in keys
-            for strip in strips(stored.width)
+            for block in moment_blocks(stored.width)
         ]  # fmt: skip
         self._do(tasks, self.add)
         for module, count in counts.items():
             self._stored[module] = replace(self._stored[module], count=self._stored[module].count + count)
         for number in passed:
-            exchange.drop(_inputs(where, number))
+            store.drop(_inputs(where, number))
 
     def _summed(self) -> Iterator[dict[str, StoredMoments]]:
         """Yield the moments that are complete, and forget them."""
@@ -236,11 +236,11 @@ class MomentsRun:
         return 4 * (max(parts.values()) + tokens * max(widths.values()))
 
 
-def _kept(inputs: Inputs, key: str, exchange: Exchange) -> dict[str, Any]:
+def _kept(inputs: Inputs, key: str, store: TensorStore) -> dict[str, Any]:
     """Keep inputs for the tasks that add them; return who read them, and how many there are."""
     given = {module: rows for module, rows in inputs.rows.items() if len(rows)}
     means = {_mean(module): rows.mean(0, dtype=torch.float64).float() for module, rows in given.items()}
-    exchange.put(key, given | means)
+    store.put(key, given | means)
     return {"readers": inputs.readers, "rows": {module: list(rows.shape) for module, rows in inputs.rows.items()}}
 
 

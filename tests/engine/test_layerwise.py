@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.row_blocks import StoredMoments, add_rows, begun, strip_key, strips
-from basiscli.engine.tensor_store import InMemory
+from basiscli.engine.tensor_store import MemoryStore
 from basiscli.engine.threads import Silent, Threads
 from basiscli.errors import InputError
 from basiscli.model.moments import Modules, MomentsRun
+from basiscli.model.stored_moments import StoredMoments, add_rows, block_key, empty_sums, moment_blocks
 from basiscli.transforms import InputMoments
 from tests import init_models, kv_models
 from tests.init_models import load, save
@@ -114,7 +114,7 @@ def test_moments_are_the_same_bits_for_any_number_of_workers(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("basiscli.model.layerwise._BATCH_TOKENS", 24)
-    monkeypatch.setattr("basiscli.engine.row_blocks._BAND", 10)
+    monkeypatch.setattr("basiscli.model.stored_moments._BAND", 10)
     folder = save(init_models.llama, tmp_path / "model")
     names, windows = linear_names(load(folder)), some_windows(padded=True, count=7)
     one, many = (layerwise(folder, names, windows, count) for count in (1, workers))
@@ -128,14 +128,14 @@ def test_moments_are_the_same_bits_for_any_number_of_workers(
 @pytest.mark.parametrize(("width", "band"), [(12, 512), (520, 512), (600, 32)])  # 1, 2, and 7 strips of 3 bands
 def test_a_large_mean_takes_no_digits(width: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of mean 1,000 and deviation 1: squares summed in float32 would leave no variance."""
-    monkeypatch.setattr("basiscli.engine.row_blocks._BAND", band)
+    monkeypatch.setattr("basiscli.model.stored_moments._BAND", band)
     rows = 1000 + torch.randn(6000, width, generator=torch.Generator().manual_seed(0))
-    exchange = InMemory()
-    for strip in strips(width):
-        sums = begun(strip, rows[:777].mean(0))
+    exchange = MemoryStore()
+    for strip in moment_blocks(width):
+        sums = empty_sums(strip, rows[:777].mean(0))
         for part in rows.split(2777):
             add_rows(sums, strip, part)
-        exchange.put(strip_key("linear", strip), sums)
+        exchange.put(block_key("linear", strip), sums)
     moments = StoredMoments(exchange, "linear", width, len(rows)).load(torch.device("cpu"))
     wide = rows.double()
     centred = wide - wide.mean(0)

@@ -16,8 +16,8 @@ import torch
 import basiscli
 from basiscli.engine import streams
 from basiscli.engine.devices import ran_out_of_memory
-from basiscli.engine.memory import Room
-from basiscli.engine.streams import devices_of, exact_arithmetic, room_bytes
+from basiscli.engine.memory import MemoryBudget
+from basiscli.engine.streams import budget_bytes, devices_of, exact_arithmetic
 from basiscli.engine.threads import Silent, Task, Threads
 from tests.conftest import read_checkpoint
 
@@ -157,7 +157,7 @@ def test_several_gpus_share_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(streams, "on_device", on_device)
-    monkeypatch.setattr(streams, "room_bytes", lambda device, least: least)
+    monkeypatch.setattr(streams, "budget_bytes", lambda device, least: least)
     done: list[str] = []
     Threads(6, devices_of(GPU)).run_tasks(tasks(60), do, lambda k, e: done.append(k), progress=Silent(), what="")
     assert len(done) == 60
@@ -168,8 +168,8 @@ def test_several_gpus_share_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpus_room_is_most_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    assert room_bytes(torch.device("cuda:0"), 7) == 800
-    assert room_bytes(CPU, 7) == room_bytes(None, 7) == 7
+    assert budget_bytes(torch.device("cuda:0"), 7) == 800
+    assert budget_bytes(CPU, 7) == budget_bytes(None, 7) == 7
 
 
 def precisions() -> tuple[str, str]:
@@ -200,7 +200,7 @@ def test_products_are_exact_inside_and_as_before_outside(newer: bool) -> None:
 
 
 def test_one_alone_waits_for_the_others_and_keeps_new_ones_out() -> None:
-    room, order = Room(10), list[str]()
+    room, order = MemoryBudget(10), list[str]()
     inside, leave = threading.Event(), threading.Event()
 
     def sharing(name: str) -> None:

@@ -462,7 +462,7 @@ def test_how_many_windows_pass_at_a_time_is_rounding(
     model = save(uneven, tmp_path / "model")
     whole = factors(run("eva", model, tokens, tmp_path / "whole").adapter)
     monkeypatch.setattr("basiscli.model.layerwise._BATCH_TOKENS", 3 * LENGTH)
-    monkeypatch.setattr("basiscli.engine.row_blocks._ROWS", 50)
+    monkeypatch.setattr("basiscli.model.stored_moments._ROWS", 50)
     parts = factors(run("eva", model, tokens, tmp_path / "parts").adapter)
     assert parts.keys() == whole.keys()
     principal = {module: Principal(rows) for module, rows in inputs_of(model, tokens).items()}
@@ -636,13 +636,13 @@ def test_the_scale_of_the_activations_does_not_matter(tmp_path: Path, tokens: Pa
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return a list that gets (layer, batch) of every batch that passes a layer."""
     seen: list[tuple[int, int]] = []
-    through = LayerwiseModel.through
+    through = LayerwiseModel.forward_layer
 
     def counted(self: LayerwiseModel, place: int, number: int, hidden: Tensor) -> Any:
         seen.append((place, number))
         return through(self, place, number, hidden)
 
-    monkeypatch.setattr(LayerwiseModel, "through", counted)
+    monkeypatch.setattr(LayerwiseModel, "forward_layer", counted)
     return seen
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.execute import carry_out
-from basiscli.cli.gates_and_push import After, known_numbers
+from basiscli.cli.execute import execute
+from basiscli.cli.gates_and_push import GatesAndPush, known_numbers
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 from basiscli.commands.nola.cli import compress_adapter
@@ -124,7 +124,7 @@ def compress(
         from basiscli.commands.kv.api import plan_compress, run_compress
         from basiscli.engine.pricing import kv_price
 
-        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        after = GatesAndPush(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         if method == "nola":
             from basiscli.commands.nola.api import plan_adapter
 
@@ -164,7 +164,7 @@ def compress(
             overwrite=overwrite,
             headers_only=dry_run,
         )
-        carry_out(
+        execute(
             plan, run_compress, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
             known=known_numbers(plan.method), forecast=[*_forecast(plan), kv_price(plan).sentence()],
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.gates_and_push import After
+from basiscli.cli.gates_and_push import GatesAndPush
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 
@@ -62,7 +62,7 @@ def evaluate(
         from basiscli.commands.evaluate.api import evaluate as measure
         from basiscli.commands.evaluate.api import number_names
 
-        after, lengths = After(out, fail_if=fail_if), options.parse_integers("--contexts", contexts)
+        after, lengths = GatesAndPush(out, fail_if=fail_if), options.parse_integers("--contexts", contexts)
         named = [name.strip() for name in tasks.split(",")] if tasks else []
         after.before(number_names(pair=against is not None, contexts=lengths, tasks=named))
         result = saved(save_recipe, "eval", measure, fail_if=fail_if)(

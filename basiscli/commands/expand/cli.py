@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.gates_and_push import After
+from basiscli.cli.gates_and_push import GatesAndPush
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 
@@ -42,7 +42,7 @@ def expand(
     with errors_shown(as_json=json):
         from basiscli.commands.expand.api import expand as api_expand
 
-        after = After(out, push_to=push_to, private=private, create_pr=create_pr)
+        after = GatesAndPush(out, push_to=push_to, private=private, create_pr=create_pr)
         after.before(None)
         done = saved(save_recipe, "expand", api_expand, push_to=push_to)(
             adapter, initial=initial, base=base, output=output, overwrite=overwrite, progress=out.progress()

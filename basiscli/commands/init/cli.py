@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.execute import carry_out
-from basiscli.cli.gates_and_push import After, known_numbers
+from basiscli.cli.execute import execute
+from basiscli.cli.gates_and_push import GatesAndPush, known_numbers
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 
@@ -104,7 +104,7 @@ def init(
     with errors_shown(as_json=json):
         from basiscli.commands.init.api import plan_init
 
-        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        after = GatesAndPush(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         named = {"rho": rho, "whiten": whiten or None, "center": False if no_center else None, "bases": bases}
         given = options.parse_parameters(parameters or []) | {n: v for n, v in named.items() if v is not None}
         plan = saved(save_recipe, "init", plan_init, fail_if=fail_if, push_to=push_to)(
@@ -182,7 +182,7 @@ def extract(
     with errors_shown(as_json=json):
         from basiscli.commands.init.api import plan_extract
 
-        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        after = GatesAndPush(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         plan = saved(save_recipe, "extract", plan_extract, fail_if=fail_if, push_to=push_to)(
             model,
             base=base,
@@ -215,10 +215,10 @@ def _targets(text: str) -> str | list[str]:
     return words if plain and text != "all-linear" else text
 
 
-def _as_planned(plan: InitPlan, out: Output, after: After, *, dry_run: bool) -> None:
+def _as_planned(plan: InitPlan, out: Output, after: GatesAndPush, *, dry_run: bool) -> None:
     from basiscli.commands.init.api import run_init
 
-    carry_out(
+    execute(
         plan, run_init, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
         known=known_numbers(plan.method), places=_places,
     )  # fmt: skip

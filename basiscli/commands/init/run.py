@@ -26,7 +26,6 @@ from basiscli.commands.merge.reader import is_finite
 from basiscli.engine.batches import in_batches
 from basiscli.engine.copying import copy_tensor
 from basiscli.engine.devices import within_memory
-from basiscli.engine.row_blocks import StoredMoments
 from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
 from basiscli.errors import BasisError, InputError
 from basiscli.linalg.lowrank import LowRank
@@ -34,6 +33,7 @@ from basiscli.linalg.nf4 import nf4_rounded, quantised_start
 from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.svd import SVD, captured
 from basiscli.model.moments import MomentsRun
+from basiscli.model.stored_moments import StoredMoments
 from basiscli.names import seed_for
 from basiscli.runtime.load import load_tokenizer
 from basiscli.transforms import DataInit, InputMoments
@@ -90,7 +90,7 @@ class InitRun:
             found = [name for name, module in self.plan.targets.items() if module in moments]
             reached |= {*found}
             tasks = self._tasks(found, lambda name, of=moments: of[self.plan.targets[name]])  # type: ignore[misc]
-            near = self._near
+            near = self._local_engine
             near.run_tasks(tasks, self._decompose, self.output.record, progress=PartOf(self.progress), what="")
         for name in self.plan.targets:
             if name not in reached:
@@ -135,7 +135,7 @@ class InitRun:
                 Task(names[0], 0, plan.workspace(names[0]), (names[0], inputs)) for inputs, names in readers.items()
             ]
             made: dict[str, dict[str, Any]] = {}
-            near = self._near
+            near = self._local_engine
             tasks = in_batches(tasks, self._alike, device=self.device, done=())
             near.run_tasks(tasks, self._directions, made.__setitem__, progress=PartOf(self.progress), what="")
             for names in readers.values():
@@ -189,10 +189,10 @@ class InitRun:
     def _moments(self) -> Iterator[dict[str, StoredMoments]]:
         """Run the calibration text through the model; see `MomentsRun.moments`."""
         self.windows = self._read_windows()
-        return MomentsRun(self.plan, self.output, self.progress, self.device, self._near).moments(self.windows)
+        return MomentsRun(self.plan, self.output, self.progress, self.device, self._local_engine).moments(self.windows)
 
     @property
-    def _near(self) -> Engine:
+    def _local_engine(self) -> Engine:
         """What does tasks that hand tensors on: on a GPU one thread, since streams do not wait for each other."""
         if isinstance(self.engine, Threads) and self.device.type == "cuda":
             return Threads(1, notes=self.engine.notes)

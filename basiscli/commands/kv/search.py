@@ -71,7 +71,7 @@ class Found:
 
 @dataclass
 class GreedySearch:
-    """Exchange, again and again, the steps that cost least for those that gain most; keep what serves held-out text.
+    """TensorStore, again and again, the steps that cost least for those that gain most; keep what serves held-out text.
 
     The published search lowers one entry at a time from full ranks on and tries every entry with forwards of its own.
     Here two forwards and backwards tell the cost of lowering and the gain of raising every entry by one step at once:

@@ -15,7 +15,7 @@ from basiscli.checkpoints.writer import Shards
 from basiscli.commands.kv.attention import Moments
 from basiscli.commands.kv.plan import KVPlan
 from basiscli.engine.devices import working_dtype
-from basiscli.engine.tensor_store import Exchange, exchange_of, get_windows
+from basiscli.engine.tensor_store import TensorStore, get_windows, store_for
 from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_weights
@@ -40,12 +40,12 @@ class KVStatistics:
     def moments(self, windows: Windows) -> dict[str, Tensor]:
         """Return the moments of all windows by name; see `Moments`. They are added in the order of the text."""
         is_local = isinstance(self.engine, Threads)
-        exchange = exchange_of(self.engine, self.output, windows)
+        store = store_for(self.engine, self.output, windows)
         # Threads share the model; --workers says how many windows are to pass it side by side.
         workspace = 0 if is_local else 4 * sum(tensor.count for tensor in self.plan.model.tensors.values())
         parts = [range(first, min(first + _WINDOWS, len(windows))) for first in range(0, len(windows), _WINDOWS)]
         tasks = [
-            Task(_key(part), len(part) * windows.ids.shape[1], workspace, (part.start, part.stop, exchange))
+            Task(_key(part), len(part) * windows.ids.shape[1], workspace, (part.start, part.stop, store))
             for part in parts
         ]
         self.progress.start("statistics", len(tasks), windows.ids.numel(), "tokens")
@@ -53,14 +53,14 @@ class KVStatistics:
         self.engine.run_tasks(tasks, self.add_up, lambda key, entry: None, progress=progress, what="statistics")
         sums: dict[str, Tensor] = {}
         for part in parts:
-            for name, moment in exchange.get(_key(part)).items():
+            for name, moment in store.get(_key(part)).items():
                 sums[name] = sums[name] + moment if name in sums else moment
-            exchange.drop(_key(part))
+            store.drop(_key(part))
         return sums
 
-    def add_up(self, first: int, last: int, exchange: Exchange) -> dict[str, Any]:
+    def add_up(self, first: int, last: int, store: TensorStore) -> dict[str, Any]:
         """Run some windows through the model and keep the sums of their moments, of all layers."""
-        windows = get_windows(exchange)
+        windows = get_windows(store)
         collectors = self._attached()
         for collector in collectors:
             collector.begin()
@@ -72,7 +72,7 @@ class KVStatistics:
                 given = {name: x.to(self.device) for name, x in window.inputs.items()}
                 self.model(**given, use_cache=False, logits_to_keep=1)
         found = [collector.sums for collector in collectors]
-        exchange.put(_key(range(first, last)), {name: torch.stack([sums[name] for sums in found]) for name in found[0]})
+        store.put(_key(range(first, last)), {name: torch.stack([sums[name] for sums in found]) for name in found[0]})
         return {}
 
     def _attached(self) -> Sequence[Moments]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.execute import carry_out
-from basiscli.cli.gates_and_push import After, known_numbers
+from basiscli.cli.execute import execute
+from basiscli.cli.gates_and_push import GatesAndPush, known_numbers
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.cli.save_recipe import saved
 
@@ -69,7 +69,7 @@ def merge(
     with errors_shown(as_json=json):
         from basiscli.commands.merge.api import plan_merge
 
-        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        after = GatesAndPush(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         plan = saved(save_recipe, "merge", plan_merge, fail_if=fail_if, push_to=push_to)(
             models,
             method=method,
@@ -98,11 +98,11 @@ def merge(
         merge_as_planned(plan, out, after, dry_run=dry_run)
 
 
-def merge_as_planned(plan: MergePlan, out: Output, after: After, *, dry_run: bool) -> None:
+def merge_as_planned(plan: MergePlan, out: Output, after: GatesAndPush, *, dry_run: bool) -> None:
     """Show a plan, or do what it says and show what came of it."""
     from basiscli.commands.merge.api import run_merge
 
-    carry_out(
+    execute(
         plan, run_merge, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
         known=known_numbers(plan.method),
     )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from basiscli.cli.execute import carry_out
-from basiscli.cli.gates_and_push import After
+from basiscli.cli.execute import execute
+from basiscli.cli.gates_and_push import GatesAndPush
 from basiscli.cli.output import Output
 from basiscli.errors import UsageError
 from basiscli.names import format_size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def compress_adapter(
     out: Output,
-    after: After,
+    after: GatesAndPush,
     planner: Callable[..., NolaPlan],
     adapter: str,
     *,
@@ -43,7 +43,7 @@ def compress_adapter(
     if bases is None:
         raise UsageError("--method nola needs the number of bases", remedy="--bases 256 stores 512 numbers a module")
     plan = planner(adapter, bases=bases, **options)
-    carry_out(
+    execute(
         plan, run_adapter, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
         known=set(MEANINGS),
     )  # fmt: skip

@@ -49,7 +49,7 @@ class NolaRun:
     """What the shares are of: Frobenius norms of ΔW, or of what it adds to the inputs."""
     survival: Survival | None = None
     before: Survival | None = None
-    """After the layers alone."""
+    """GatesAndPush the layers alone."""
     losses: list[float] = field(default_factory=list)
     windows: Windows | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from basiscli.cli import options
-from basiscli.cli.gates_and_push import After
+from basiscli.cli.gates_and_push import GatesAndPush
 from basiscli.cli.output import Output, ProgressStyle, errors_shown
 from basiscli.commands.merge.cli import merge_as_planned
 
@@ -62,7 +62,7 @@ def run(
         from basiscli.commands.run.price import price
         from basiscli.errors import UsageError
 
-        after = After(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
+        after = GatesAndPush(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         chosen: RunOptions = {
             "output": output,
             "plugins": plugin or [],
