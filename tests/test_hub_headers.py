@@ -19,9 +19,9 @@ from typer.testing import Result
 import basiscli
 from basiscli import HubError, InputError, UsageError
 from basiscli.checkpoints.header import header_end
-from basiscli.checkpoints.source import resolve
 from basiscli.commands.nola.api import compress_adapter
 from basiscli.hub.headers import _FIRST
+from basiscli.hub.resolve import resolve
 from basiscli.names import format_size
 from tests.conftest import add, read_checkpoint, snapshot, write_checkpoint
 from tests.hub_server import TOKEN, Fault, Hub, files_of

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from basiscli.checkpoints.convert import converted
-from basiscli.checkpoints.source import resolve
+from basiscli.hub.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.digests import stored_digest
+from basiscli.checkpoints.files import ADAPTER_CONFIG, read_json
 from basiscli.checkpoints.header import StoredTensor, TensorSpec
 from basiscli.checkpoints.nola import NolaFactors
-from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 
@@ -313,3 +314,6 @@ def _name_shift(names: list[str], base: Checkpoint) -> tuple[str, str]:
         if all(add + name.removeprefix(strip) in base.tensors for name in names):
             return strip, add
     return "", ""
+
+
+Model = Checkpoint | AdapterView

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from basiscli.checkpoints.cache import cache_folder, made_once
-from basiscli.checkpoints.source import Source, models_in, read_json
+from basiscli.checkpoints.files import read_json
+from basiscli.checkpoints.source import Source, models_in
 from basiscli.errors import BasisError, InputError, UsageError
 
 if TYPE_CHECKING:

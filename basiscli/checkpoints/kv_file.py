@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from basiscli.checkpoints.files import read_json
 from basiscli.checkpoints.header import TensorSpec, encode_header
 from basiscli.checkpoints.layout import METADATA
-from basiscli.checkpoints.source import Source, read_json
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from basiscli.checkpoints.dtypes import DTYPES
+from basiscli.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from basiscli.checkpoints.header import TensorSpec, encode_header
-from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE
 
 METADATA = {"format": "pt"}
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from basiscli.checkpoints.files import ADAPTER_CONFIG, read_json
 from basiscli.checkpoints.header import StoredTensor
 from basiscli.checkpoints.packing import unpacked
-from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.dtypes import DTYPES
-from basiscli.checkpoints.source import leads_out
+from basiscli.checkpoints.files import leads_out
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError

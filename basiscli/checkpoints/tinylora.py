@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, read_json
+from basiscli.checkpoints.files import ADAPTER_CONFIG, read_json
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
+from basiscli.checkpoints.files import INDEX_FILE, SINGLE_FILE, read_json
 from basiscli.checkpoints.header import Header, StoredTensor, read_header
-from basiscli.checkpoints.source import Source, read_json
+from basiscli.checkpoints.source import Source
 from basiscli.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _AGAIN = "download the checkpoint again, or save it again"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 

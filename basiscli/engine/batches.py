@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from basiscli.engine.streams import same_stream
-from basiscli.engine.threads import Task
+from basiscli.engine.tasks import Task
 from basiscli.linalg.eigen import GivenUp, Step
 
 MOST_MEMBERS = 16

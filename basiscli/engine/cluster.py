@@ -4,40 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from basiscli.engine.threads import Engine, Threads
+from basiscli.engine.settings import Cluster, EngineName
+from basiscli.engine.tasks import Engine
+from basiscli.engine.threads import Threads
 from basiscli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from basiscli.commands.merge.plan import Settings
     from basiscli.engine.partial import Plan
-
-EngineName = Literal["local", "ray"]
-
-
-class EngineOptions(TypedDict, total=False):
-    """What commands take by name that can run on a cluster."""
-
-    engine: EngineName
-    ray_address: str | None
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A Ray cluster, and how its workers make the plan of the run they take part in."""
-
-    address: str | None
-    """As Ray takes it ('auto', 'host:port'); None starts one on this machine."""
-    workers: int | None
-    """Tasks at a time; None for as many as the cluster has processors."""
-    plan: Callable[[], Plan]
-    """Plain data and a function that other machines have, too, so that it can be pickled."""
+    from basiscli.engine.settings import Settings
 
 
 def cluster_of(options: Mapping[str, Any], planner: Callable[..., Any], *given: Any) -> Cluster | None:

@@ -7,8 +7,8 @@ import hashlib
 from basiscli.checkpoints.dtypes import DTYPES, torch_dtype
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.commands.merge.reader import is_finite
 from basiscli.errors import InputError
+from basiscli.linalg.finite import is_finite
 
 BLOCK_ELEMENTS = 1 << 22
 

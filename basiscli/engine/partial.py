@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.engine.threads import Progress
 from basiscli.errors import InputError
+from basiscli.progress import Progress
 from basiscli.version import __version__
 
 

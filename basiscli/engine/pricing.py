@@ -15,12 +15,13 @@ from basiscli.checkpoints.adapter import AdapterView
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.kv.plan import SEARCH_BATCH, KVPlan
-from basiscli.commands.merge.plan import MergePlan, Settings, workspace
+from basiscli.commands.merge.plan import MergePlan, workspace
 from basiscli.engine.partial import Plan
 from basiscli.engine.rates import MEASURED, Rates
-from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.engine.settings import Settings
+from basiscli.model.architecture import kind_by_name
 from basiscli.names import format_count, format_size
-from basiscli.transforms import DataInit
+from basiscli.transforms import DataInit, Kind
 
 _EIGEN = 9  # operations of a symmetric eigendecomposition with vectors, in n³
 _SMALL_MOMENT = 1024  # up to here `SVD.axes` takes all eigenvectors

@@ -25,10 +25,12 @@ from ray import ObjectRef, exceptions
 
 from basiscli.checkpoints.writer import Shards
 from basiscli.engine.batches import do_task
-from basiscli.engine.cluster import Cluster
 from basiscli.engine.partial import Plan
-from basiscli.engine.threads import Progress, Silent, Task, Threads, default_workers, largest_first
+from basiscli.engine.settings import Cluster, default_workers
+from basiscli.engine.tasks import Task, largest_first
+from basiscli.engine.threads import Threads
 from basiscli.errors import BasisError, InputError, ResourceError, UsageError
+from basiscli.progress import Progress, Silent
 
 RETRIES = 3
 """How often a task is given to another worker when its own is lost."""

@@ -16,7 +16,8 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import Shards, write_file
-from basiscli.engine.threads import Engine, Threads
+from basiscli.engine.tasks import Engine
+from basiscli.engine.threads import Threads
 
 _WINDOWS = "windows"
 

@@ -2,130 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from basiscli.engine.memory import MemoryBudget
+from basiscli.engine.settings import DEFAULT_MEMORY
+from basiscli.engine.tasks import Task, largest_first
+from basiscli.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-
-DEFAULT_MEMORY = 1_000_000_000
-"""Bytes that tasks may take together on a CPU, where the user does not say otherwise."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One piece of work: usually one output tensor."""
-
-    key: str
-    """Its name in the journal."""
-    size: int
-    """Bytes it stands for in the progress bar."""
-    workspace: int
-    """Bytes of memory it needs while it runs."""
-    arguments: tuple[Any, ...]
-    """What the function that does it takes; plain data where another machine may do it."""
-    members: tuple[Task, ...] = ()
-    """The tasks that this one, then a batch without arguments of its own, does in step."""
-
-
-class Progress(Protocol):
-    """What shows how far a run is."""
-
-    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
-        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
-
-    def advance(self, size: int) -> None:
-        """Note that one task of this size is finished."""
-
-    def note(self, text: str) -> None:
-        """Say how the work stands, beside the bar."""
-
-    def stop(self) -> None:
-        """End the display."""
-
-
-class Silent:
-    """No display."""
-
-    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
-        """Show nothing."""
-
-    def advance(self, size: int) -> None:
-        """Show nothing."""
-
-    def note(self, text: str) -> None:
-        """Show nothing."""
-
-    def stop(self) -> None:
-        """Show nothing."""
-
-
-class PartOf:
-    """The display of tasks that are part of a longer pass: it goes on, and does not begin again."""
-
-    def __init__(self, whole: Progress) -> None:
-        self._whole = whole
-
-    def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
-        """Leave the display as it is."""
-
-    def advance(self, size: int) -> None:
-        """Count a task that stands for something in the whole."""
-        if size:
-            self._whole.advance(size)
-
-    def note(self, text: str) -> None:
-        """Say how the work stands."""
-        self._whole.note(text)
-
-    def stop(self) -> None:
-        """Leave the display as it is."""
-
-
-def default_workers() -> int:
-    """Return the number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_workspace(workspaces: Sequence[int], workers: int, memory: int) -> int:
     """Return the most memory that `Threads` lets tasks take together on a CPU."""
     largest = sorted(workspaces, reverse=True)[:workers]
     return min(sum(largest), max([memory, *largest[:1]]))
-
-
-def largest_first(tasks: Iterable[Task]) -> list[Task]:
-    """Return tasks in the order in which they are begun."""
-    return sorted(tasks, key=lambda task: (-task.workspace, task.key))
-
-
-class Engine(Protocol):
-    """What does tasks, here or elsewhere."""
-
-    def run_tasks(
-        self,
-        tasks: Sequence[Task],
-        do: Callable[..., dict[str, Any]],
-        record: Callable[[str, dict[str, Any]], None],
-        *,
-        progress: Progress,
-        what: str,
-    ) -> None:
-        """Run tasks, the largest first, and record each as it ends; the first error stops the rest and is raised.
-
-        Args:
-            tasks: in any order; none depends on another.
-            do: takes a task's arguments, does it and returns the journal's entry; a run's method, so that a cluster's
-                workers can call it on a run of their own.
-            record: takes a task's key and entry, in this process.
-            progress: what to tell how far the work is.
-            what: what the display calls it.
-        """
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.digests import file_digest
-from basiscli.engine.threads import Progress
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.errors import DamagedDownload, explained, retried
+from basiscli.progress import Progress
 from basiscli.version import __version__
 
 # What makes a checkpoint or an adapter; never code, training state or other frameworks' copies of the weights.

@@ -10,27 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.transforms import Kind
 
 if TYPE_CHECKING:
     import torch
 
     from basiscli.checkpoints.views import Checkpoint
-
-
-class Kind(StrEnum):
-    """The part that a tensor plays."""
-
-    LINEAR = "linear"
-    EMBEDDING = "embedding"
-    NORM = "norm"
-    BIAS = "bias"
-    CONV = "conv"
-    BUFFER = "buffer"
-    OTHER = "other"
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ import torch
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import Shards
-from basiscli.commands.merge.reader import is_finite
 from basiscli.engine.devices import working_dtype
+from basiscli.engine.tasks import Engine, Task
 from basiscli.engine.tensor_store import TensorStore, get_windows, store_for
-from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
+from basiscli.engine.threads import Threads
 from basiscli.errors import InputError
+from basiscli.linalg.finite import is_finite
 from basiscli.model.layer_inputs import Inputs
 from basiscli.model.layerwise import LayerwiseModel
 from basiscli.model.stored_moments import StoredMoments, add_rows, block_bytes, block_key, empty_sums, moment_blocks
+from basiscli.progress import PartOf, Progress
 
 
 class Calibrated(Protocol):

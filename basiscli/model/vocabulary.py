@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from basiscli.checkpoints.files import read_json
 from basiscli.checkpoints.header import StoredTensor
-from basiscli.checkpoints.source import read_json
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 from basiscli.model.architecture import layer_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from basiscli.checkpoints.source import read_json
+from basiscli.checkpoints.files import read_json
 from basiscli.errors import InputError
 
 

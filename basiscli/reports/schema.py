@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from basiscli.checkpoints.source import read_json
+from basiscli.checkpoints.files import read_json
 from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from basiscli.checkpoints.kv_file import CONFIG_FILE, Prefill, read_kv_bases, read_kv_config
-from basiscli.checkpoints.source import resolve
 from basiscli.errors import InputError
+from basiscli.hub.resolve import resolve
 from basiscli.runtime.kv_projection import KVProjection, attach, attention_modules
 
 

@@ -46,12 +46,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from basiscli.errors import UsageError, did_you_mean
-from basiscli.model.architecture import Kind
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -485,3 +485,15 @@ def _python_name(name: str) -> str:
     import keyword
 
     return f"{name}_" if keyword.iskeyword(name) else name
+
+
+class Kind(StrEnum):
+    """The part that a tensor plays."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    BIAS = "bias"
+    CONV = "conv"
+    BUFFER = "buffer"
+    OTHER = "other"

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 import basiscli
 from basiscli import HubError, InputError
-from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.hub.resolve import resolve
 from tests.conftest import LLAMA, Tensors, basis_process, make_tensors, read_checkpoint, write_checkpoint
 
 MAIN, DEV = "1" * 40, "2" * 40  # commits

@@ -18,8 +18,10 @@ import basiscli
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine import batches
 from basiscli.engine.batches import MOST_MEMBERS, do_task, in_batches
-from basiscli.engine.threads import Silent, Task, Threads
+from basiscli.engine.tasks import Task
+from basiscli.engine.threads import Threads
 from basiscli.linalg import eigen
+from basiscli.progress import Silent
 from tests.conftest import LLAMA, read_checkpoint, write_checkpoint
 from tests.init_models import llama, save
 from tests.plugins.test_data_inits import write_tokens

@@ -13,7 +13,9 @@ import torch
 import basiscli
 from basiscli.commands.merge.reader import TensorReader
 from basiscli.engine.devices import choose_device
-from basiscli.engine.threads import Silent, Task, Threads, peak_workspace
+from basiscli.engine.tasks import Task
+from basiscli.engine.threads import Threads, peak_workspace
+from basiscli.progress import Silent
 from tests.conftest import read_checkpoint
 
 

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import basiscli
 from basiscli.checkpoints.kv_file import read_kv_bases
-from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.kv.fold import Fold
 from basiscli.commands.kv.plan import KVShape
 from basiscli.errors import InputError
+from basiscli.hub.resolve import resolve
 from tests.conftest import read_checkpoint
 from tests.kv_models import ARCHITECTURES, COMMON, logits_of, make_model, make_text, save_model, some_ids
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from basiscli.calibration.tokens import Windows
 from basiscli.commands.kv.attention import Projector, cut_projections, set_bases, set_projections
 from basiscli.commands.kv.search import GreedySearch, exchanged, spectrum, uniform
-from basiscli.engine.threads import Silent
 from basiscli.errors import InputError
+from basiscli.progress import Silent
 from basiscli.registry import Registry
 from basiscli.runtime.kv_projection import attach
 from basiscli.transforms import KVCompression

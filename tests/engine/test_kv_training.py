@@ -14,9 +14,9 @@ from torch import Tensor
 from basiscli.commands.kv.attention import Projector, set_bases
 from basiscli.commands.kv.loss import loss_and_gradient
 from basiscli.commands.kv.training import Training
-from basiscli.engine.threads import Silent
 from basiscli.errors import InputError
 from basiscli.linalg.orthogonal import orthogonality_error
+from basiscli.progress import Silent
 from basiscli.runtime.kv_projection import attach
 from tests.kv_models import make_model, random_bases, text_windows
 

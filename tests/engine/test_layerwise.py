@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from basiscli.calibration.tokens import Windows
-from basiscli.checkpoints.source import resolve
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.tensor_store import MemoryStore
-from basiscli.engine.threads import Silent, Threads
+from basiscli.engine.threads import Threads
 from basiscli.errors import InputError
+from basiscli.hub.resolve import resolve
 from basiscli.model.moments import Modules, MomentsRun
 from basiscli.model.stored_moments import StoredMoments, add_rows, block_key, empty_sums, moment_blocks
+from basiscli.progress import Silent
 from basiscli.transforms import InputMoments
 from tests import init_models, kv_models
 from tests.init_models import load, save

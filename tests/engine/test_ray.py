@@ -17,7 +17,7 @@ import torch
 import basiscli
 from basiscli.checkpoints.writer import JOURNAL, PartialOutput
 from basiscli.engine import batches
-from basiscli.engine.threads import Task
+from basiscli.engine.tasks import Task
 from basiscli.errors import InputError, ResourceError
 from basiscli.registry import Registry
 from tests.conftest import add, basis_process, make_tensors, read_checkpoint, write_checkpoint

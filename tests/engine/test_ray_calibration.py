@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import basiscli
-from basiscli.engine.threads import Silent
 from basiscli.errors import InputError
+from basiscli.progress import Silent
 from tests.init_models import bert, llama, save, shards_of
 from tests.kv_models import make_model, make_text, save_model
 from tests.plugins.test_data_inits import opt, write_tokens

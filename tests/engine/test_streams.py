@@ -18,7 +18,9 @@ from basiscli.engine import streams
 from basiscli.engine.devices import ran_out_of_memory
 from basiscli.engine.memory import MemoryBudget
 from basiscli.engine.streams import budget_bytes, devices_of, exact_arithmetic
-from basiscli.engine.threads import Silent, Task, Threads
+from basiscli.engine.tasks import Task
+from basiscli.engine.threads import Threads
+from basiscli.progress import Silent
 from tests.conftest import read_checkpoint
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

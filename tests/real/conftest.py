@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from basiscli.checkpoints.convert import converted
-from basiscli.checkpoints.source import resolve
+from basiscli.hub.resolve import resolve
 
 # Outlives a test run: turning the GGUF into safetensors takes twenty seconds.
 CACHE = Path(__file__).parents[2] / ".cache" / "tests"

@@ -19,9 +19,9 @@ from basiscli.commands.run.api import plan_run, run
 from basiscli.commands.run.pipeline import Pipeline, StepResult
 from basiscli.commands.run.price import price
 from basiscli.commands.run.state import STATE
-from basiscli.engine.threads import Silent
 from basiscli.errors import GateFailed, HubError, UsageError
 from basiscli.hub.client import Pushed
+from basiscli.progress import Silent
 from tests.conftest import add, make_tensors, read_checkpoint, snapshot, write_checkpoint
 from tests.kv_models import make_text
 from tests.recipes.models import refused, write_llama, write_recipe

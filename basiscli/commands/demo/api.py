@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basiscli.commands.merge.api import merge
-from basiscli.engine.threads import Progress
 from basiscli.errors import InputError
+from basiscli.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView
-from basiscli.checkpoints.source import resolve, resolve_base
+from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
 from basiscli.checkpoints.views import Checkpoint, row_blocks
-from basiscli.commands.merge.compatibility import Model
-from basiscli.engine.threads import Progress, Silent
 from basiscli.errors import UsageError
+from basiscli.hub.resolve import resolve, resolve_base
 from basiscli.names import natural_key
+from basiscli.progress import Progress, Silent
 
 _BLOCK_ELEMENTS = 1 << 20
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from basiscli.checkpoints.kv_file import Prefill
 from basiscli.commands.evaluate.decoding import speeds_of
 from basiscli.commands.evaluate.tasks import TaskScore, find_tasks, number_prefix
-from basiscli.engine.threads import Progress, Silent
 from basiscli.errors import InputError, UsageError
+from basiscli.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,8 +144,8 @@ def evaluate(
     import torch
 
     from basiscli.calibration.tokens import read_windows
-    from basiscli.checkpoints.source import resolve
     from basiscli.engine.devices import choose_device
+    from basiscli.hub.resolve import resolve
     from basiscli.runtime.load import load, load_tokenizer
 
     shown, place = progress or Silent(), choose_device(device)

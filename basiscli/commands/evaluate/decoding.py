@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from basiscli.engine.threads import Progress
+from basiscli.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from basiscli.engine.threads import Progress
 from basiscli.errors import InputError, UsageError
+from basiscli.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.digests import digest, stored_digest, weights_digest
+from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.nola import is_nola
-from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, resolve
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora, selectors
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.expand.card import expanded_card
 from basiscli.commands.merge.api import merge
-from basiscli.commands.merge.plan import ADAPTER_FILE
 from basiscli.engine.output_place import check_disk, output_place
-from basiscli.engine.threads import Progress
 from basiscli.errors import InputError, UsageError
+from basiscli.hub.resolve import resolve
+from basiscli.progress import Progress
 from basiscli.reports.schema import read_report
 
 if TYPE_CHECKING:

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from basiscli.checkpoints.source import ADAPTER, RESIDUAL, Source, resolve
+from basiscli.checkpoints.files import ADAPTER, RESIDUAL
+from basiscli.checkpoints.source import Source
 from basiscli.commands.init.plan import DEFAULT_LENGTH, DEFAULT_TOKENS, Calibration, InitPlan
 from basiscli.commands.init.plan import plan_init as _plan
 from basiscli.commands.init.targets import ALL_LINEAR
-from basiscli.engine.cluster import Cluster, cluster_of, device_of, engine_of
-from basiscli.engine.settings import OutputOptions, run_settings
-from basiscli.engine.threads import Progress, Silent
+from basiscli.engine.cluster import cluster_of, device_of, engine_of
+from basiscli.engine.settings import Cluster, OutputOptions, run_settings
+from basiscli.hub.resolve import resolve
+from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 from basiscli.transforms import Method, transform

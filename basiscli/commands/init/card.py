@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from basiscli.checkpoints.source import ADAPTER, RESIDUAL
+from basiscli.checkpoints.files import ADAPTER, RESIDUAL
 from basiscli.commands.init.plan import InitPlan
 from basiscli.reports.card import card, metadata_of
 from basiscli.reports.figures import rank_grid

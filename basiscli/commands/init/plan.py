@@ -13,15 +13,16 @@ from pydantic import BaseModel
 
 from basiscli.checkpoints.adapter import CONV1D_MODELS
 from basiscli.checkpoints.dtypes import DTYPES
+from basiscli.checkpoints.files import ADAPTER, ADAPTER_FILE, RESIDUAL
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.nola import coefficient_counts
-from basiscli.checkpoints.source import ADAPTER, RESIDUAL, Source
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.targets import find_targets, in_model_order
-from basiscli.commands.merge.plan import ADAPTER_FILE, Settings
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
 from basiscli.errors import InputError, UsageError
 from basiscli.names import natural_key

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from basiscli.checkpoints.digests import weights_digest
+from basiscli.checkpoints.files import RESIDUAL
 from basiscli.checkpoints.nola import nola_config
-from basiscli.checkpoints.source import RESIDUAL, is_hub_id
+from basiscli.checkpoints.source import is_hub_id
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.init.run import InitRun
-from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
 from basiscli.reports.facts import checkpoint_record, common_license, peak_memory_bytes, unchanged, versions
 from basiscli.reports.reproduce import init_command
@@ -28,6 +29,7 @@ from basiscli.reports.schema import (
     Report,
     TensorRecord,
 )
+from basiscli.transforms import Kind
 
 
 def build_init_report(run: InitRun, *, seconds: float) -> Report:

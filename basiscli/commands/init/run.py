@@ -22,12 +22,13 @@ from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.commands.init.plan import NF4_ROUNDS, InitPlan
-from basiscli.commands.merge.reader import is_finite
 from basiscli.engine.batches import in_batches
 from basiscli.engine.copying import copy_tensor
 from basiscli.engine.devices import within_memory
-from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
+from basiscli.engine.tasks import Engine, Task
+from basiscli.engine.threads import Threads
 from basiscli.errors import BasisError, InputError
+from basiscli.linalg.finite import is_finite
 from basiscli.linalg.lowrank import LowRank
 from basiscli.linalg.nf4 import nf4_rounded, quantised_start
 from basiscli.linalg.nola import factor_bases
@@ -35,6 +36,7 @@ from basiscli.linalg.svd import SVD, captured
 from basiscli.model.moments import MomentsRun
 from basiscli.model.stored_moments import StoredMoments
 from basiscli.names import seed_for
+from basiscli.progress import PartOf, Progress
 from basiscli.runtime.load import load_tokenizer
 from basiscli.transforms import DataInit, InputMoments
 

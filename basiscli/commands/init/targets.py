@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError, UsageError, did_you_mean
-from basiscli.model.architecture import Kind, kinds, loaded_names
+from basiscli.model.architecture import kinds, loaded_names
 from basiscli.names import natural_key
+from basiscli.transforms import Kind
 
 ALL_LINEAR = "all-linear"
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}  # PEFT's all-linear leaves output layers alone, too

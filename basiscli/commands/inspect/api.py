@@ -9,9 +9,10 @@ from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.header import TensorSpec
-from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.hub.resolve import resolve
 from basiscli.model.architecture import kind_by_name, layer_of
 from basiscli.names import format_size, natural_key
 from basiscli.reports.schema import read_report

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, Unpack, get_args
 
 from basiscli.checkpoints.dtypes import parse_dtype
-from basiscli.checkpoints.source import resolve
 from basiscli.commands.kv.plan import Export, KVPlan, KVSettings, Search, plan_kv
 from basiscli.engine.cluster import cluster_of, refuse_headers_only
-from basiscli.engine.settings import OutputOptions
-from basiscli.engine.threads import Engine, Progress, Silent, Threads, default_workers
+from basiscli.engine.settings import OutputOptions, default_workers
+from basiscli.engine.tasks import Engine
+from basiscli.engine.threads import Threads
 from basiscli.errors import InputError, UsageError
+from basiscli.hub.resolve import resolve
 from basiscli.names import parse_size
+from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 

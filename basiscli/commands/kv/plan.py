@@ -12,20 +12,20 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from basiscli.checkpoints.dtypes import tensor_bytes
+from basiscli.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
-from basiscli.checkpoints.views import INDEX_FILE, SINGLE_FILE, Checkpoint
-from basiscli.engine.cluster import Cluster
+from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
-from basiscli.engine.threads import default_workers
+from basiscli.engine.settings import Cluster, default_workers
 from basiscli.errors import InputError, UsageError
-from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
 from basiscli.runtime.export import AUTO_MAP, exported_files
-from basiscli.transforms import Method
+from basiscli.transforms import Kind, Method
 
 Search = Literal["greedy", "spectrum", "uniform"]
 Export = Literal["remote-code"]

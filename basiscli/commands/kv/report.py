@@ -13,7 +13,7 @@ from basiscli.checkpoints.header import commonest_dtype
 from basiscli.checkpoints.kv_file import KVBases
 from basiscli.commands.kv.plan import KVPlan
 from basiscli.commands.kv.run import KVRun
-from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
 from basiscli.reports.card import card, metadata_of
 from basiscli.reports.facts import checkpoint_record, peak_memory_bytes, unchanged, versions
@@ -26,6 +26,7 @@ from basiscli.reports.schema import (
     Report,
     TensorRecord,
 )
+from basiscli.transforms import Kind
 
 
 def build_kv_report(run: KVRun, found: KVBases, bases: bytes, *, seconds: float) -> Report:

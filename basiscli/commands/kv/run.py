@@ -22,12 +22,14 @@ from basiscli.commands.kv.plan import KVPlan
 from basiscli.commands.kv.search import GreedySearch, spectrum, uniform
 from basiscli.commands.kv.statistics import KVStatistics
 from basiscli.commands.kv.training import Training
-from basiscli.commands.merge.reader import is_finite
 from basiscli.engine.copying import BLOCK_ELEMENTS, copy_tensor
 from basiscli.engine.devices import within_memory, working_dtype
-from basiscli.engine.threads import Engine, Progress, Task, Threads
+from basiscli.engine.tasks import Engine, Task
+from basiscli.engine.threads import Threads
 from basiscli.errors import InputError
+from basiscli.linalg.finite import is_finite
 from basiscli.linalg.orthogonal import orthogonality_error
+from basiscli.progress import Progress
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_tokenizer, load_weights
 from basiscli.runtime.support import check_attention

@@ -19,8 +19,8 @@ from basiscli.calibration.tokens import Windows
 from basiscli.commands.kv.attention import Projector, cut_projections, set_bases, set_projections
 from basiscli.commands.kv.loss import divergence, loss_alone, loss_and_gradient
 from basiscli.commands.kv.plan import SEARCH_BATCH, TEACHER_BYTES
-from basiscli.engine.threads import Progress
 from basiscli.errors import InputError
+from basiscli.progress import Progress
 from basiscli.transforms import KVCompression
 
 Shape = tuple[int, ...]

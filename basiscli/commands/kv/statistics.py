@@ -15,8 +15,10 @@ from basiscli.checkpoints.writer import Shards
 from basiscli.commands.kv.attention import Moments
 from basiscli.commands.kv.plan import KVPlan
 from basiscli.engine.devices import working_dtype
+from basiscli.engine.tasks import Engine, Task
 from basiscli.engine.tensor_store import TensorStore, get_windows, store_for
-from basiscli.engine.threads import Engine, PartOf, Progress, Task, Threads
+from basiscli.engine.threads import Threads
+from basiscli.progress import PartOf, Progress
 from basiscli.runtime.kv_projection import attach, attention_modules
 from basiscli.runtime.load import load_weights
 

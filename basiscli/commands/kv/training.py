@@ -20,9 +20,9 @@ from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import write_file
 from basiscli.commands.kv.attention import Projector, set_bases
 from basiscli.commands.kv.loss import loss_and_gradient
-from basiscli.engine.threads import Progress
 from basiscli.errors import BasisError, InputError
 from basiscli.linalg.orthogonal import nearest_orthogonal
+from basiscli.progress import Progress
 from basiscli.transforms import KVCompression
 
 _STATE = ("start", "free", "mean", "square")

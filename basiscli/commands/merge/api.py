@@ -13,7 +13,7 @@ from basiscli.commands.merge.plan import RECIPE, MergePlan
 from basiscli.commands.merge.plan import plan_merge as _plan
 from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.settings import OutputOptions, run_settings
-from basiscli.engine.threads import Progress, Silent
+from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.adapter import Model
 from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import DTYPES, is_quantised
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.kv_file import CONFIG_FILE, read_kv_config
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
-from basiscli.model.architecture import Kind, is_buffer, is_quantised_name, kind_by_name, tied_pair
-
-Model = Checkpoint | AdapterView
+from basiscli.model.architecture import is_buffer, is_quantised_name, kind_by_name, tied_pair
+from basiscli.transforms import Kind
 
 
 @dataclass(frozen=True)

@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
 from basiscli.checkpoints.dtypes import tensor_bytes
+from basiscli.checkpoints.files import ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
-from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.compatibility import Model, check_architecture, common_dtype_notes, sort_tensors
+from basiscli.commands.merge.compatibility import check_architecture, common_dtype_notes, sort_tensors
 from basiscli.commands.merge.inputs import find_base, merge_weights
-from basiscli.engine.cluster import Cluster
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
-from basiscli.engine.threads import DEFAULT_MEMORY, default_workers, peak_workspace
+from basiscli.engine.settings import Settings
+from basiscli.engine.threads import peak_workspace
 from basiscli.errors import InputError, UsageError
-from basiscli.model.architecture import Kind, kind_by_name
+from basiscli.hub.resolve import resolve
+from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
-from basiscli.transforms import Choices, History, Method
+from basiscli.transforms import Choices, History, Kind, Method
 from basiscli.transforms.per_model import check_lengths
 
 BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
 GPU_BLOCK_ELEMENTS = 1 << 22  # there a step costs its launch, and Python's, rather than its elements
 KEPT_BYTES = 1 << 27  # of all models together: a tensor up to this size is read once however often it is gone over
-ADAPTER_FILE = "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
 """The recipe that a merge was made by, in its result's folder."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is done; only `dtype`, `seed` and the three permissions change the result."""
-
-    device: str = "auto"
-    dtype: str | None = None
-    shard_bytes: int = 5_000_000_000
-    workers: int = field(default_factory=default_workers)
-    memory: int = DEFAULT_MEMORY
-    """Bytes that tensors worked on side by side may take on a CPU."""
-    seed: int = 0
-    resume: bool = True
-    overwrite: bool = False
-    allow_nonfinite: bool = False
-    allow_missing: bool = False
-    trust_remote_code: bool = False
-    headers_only: bool = False
-    """Whether inputs may lack their data: such a plan tells what the work would cost, and cannot be carried out."""
-    cluster: Cluster | None = None
-    """Where the tasks are done, if not in threads of this machine."""
 
 
 Choice = tuple[BaseModel, list[float]]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.adapter import AdapterView, Model
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint, row_blocks
-from basiscli.commands.merge.compatibility import Model
 from basiscli.commands.merge.plan import KEPT_BYTES, MergePlan, block_elements, kept_bytes
 from basiscli.errors import InputError
+from basiscli.linalg.finite import is_finite
 from basiscli.linalg.lowrank import LowRank, gram, inner
 from basiscli.transforms import Block
 
@@ -188,13 +188,3 @@ class TensorReader:
                 tensor=self.name,
                 remedy="mend the checkpoint, or --allow-nonfinite to go on",
             )
-
-
-def is_finite(values: Tensor) -> bool:
-    """Return whether every element is finite, in one pass without a mask: NaN and Inf survive a sum.
-
-    A sum can also overflow on its own; only then every element is looked at.
-    """
-    if not values.is_floating_point() or math.isfinite(float(values.sum())):
-        return True
-    return bool(torch.isfinite(values).all())

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.adapter import AdapterView, Model
 from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.compatibility import Model
 from basiscli.commands.merge.plan import factor_keys
 from basiscli.commands.merge.run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key

@@ -20,15 +20,17 @@ from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import PartialOutput, write_file
 from basiscli.commands.merge.plan import MergePlan, block_elements, factor_keys, is_decomposed, workspace
-from basiscli.commands.merge.reader import TensorReader, is_finite
+from basiscli.commands.merge.reader import TensorReader
 from basiscli.engine.batches import in_batches
 from basiscli.engine.devices import within_memory
-from basiscli.engine.threads import Engine, Progress, Task
+from basiscli.engine.tasks import Engine, Task
 from basiscli.errors import BasisError, InputError
+from basiscli.linalg.finite import is_finite
 from basiscli.linalg.lowrank import LowRank, gram, inner
-from basiscli.model.architecture import Kind, Kinds, kind_by_name, kinds
+from basiscli.model.architecture import Kinds, kind_by_name, kinds
 from basiscli.names import seed_for
-from basiscli.transforms import Blocks, Norms, TaskVectorMerge, TaskVectors
+from basiscli.progress import Progress
+from basiscli.transforms import Blocks, Kind, Norms, TaskVectorMerge, TaskVectors
 
 MERGE, WRITE = "merge", "write"  # the two passes, as the journal's keys begin
 

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from basiscli.checkpoints.source import resolve
 from basiscli.commands.kv.api import CompressResult
 from basiscli.commands.nola.plan import NolaPlan, NolaSettings, plan_nola
 from basiscli.engine.cluster import refuse_headers_only
-from basiscli.engine.threads import Progress, Silent
 from basiscli.errors import GateFailed
+from basiscli.hub.resolve import resolve
+from basiscli.progress import Progress, Silent
 
 
 class NolaOptions(TypedDict, total=False):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from basiscli.calibration.tokens import Windows
-from basiscli.engine.threads import Progress
 from basiscli.linalg.lowrank import LowRank
+from basiscli.progress import Progress
 
 _ROWS = 64  # tokens whose logits are compared at a time: a vocabulary of 50,000 is large
 

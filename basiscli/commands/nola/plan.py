@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.nola import PREFIX, coefficient_counts, is_nola
 from basiscli.checkpoints.packing import stored_form
-from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, resolve, resolve_base
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.plan import ADAPTER_FILE
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
 from basiscli.errors import InputError, UsageError
+from basiscli.hub.resolve import resolve, resolve_base
 from basiscli.model.architecture import loaded_names
 
 BITS = (4, 8, 16)

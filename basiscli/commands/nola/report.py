@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from basiscli.checkpoints.digests import stored_digest, weights_digest
+from basiscli.checkpoints.files import ADAPTER_CONFIG
 from basiscli.checkpoints.nola import nola_config
-from basiscli.checkpoints.source import ADAPTER_CONFIG
 from basiscli.commands.nola.plan import NolaPlan
 from basiscli.commands.nola.run import NolaRun, numbers_of
 from basiscli.names import natural_key

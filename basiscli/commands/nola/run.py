@@ -16,17 +16,19 @@ from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.packing import packed, rounding_variance, unpacked
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.commands.merge.reader import is_finite
 from basiscli.commands.nola.distil import Distillation, Survival
 from basiscli.commands.nola.plan import NolaModule, NolaPlan
 from basiscli.engine.devices import within_memory, working_dtype
-from basiscli.engine.threads import Progress, Threads, default_workers
+from basiscli.engine.settings import default_workers
+from basiscli.engine.threads import Threads
 from basiscli.errors import GateFailed, InputError
+from basiscli.linalg.finite import is_finite
 from basiscli.linalg.lowrank import LowRank
 from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.nola_fit import fit, share_held
 from basiscli.linalg.randbasis import RandomBases
 from basiscli.model.moments import Modules, MomentsRun
+from basiscli.progress import Progress
 from basiscli.runtime.load import load_tokenizer, load_weights
 
 _MOMENT_TOKENS = 16384

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from basiscli.checkpoints.source import ADAPTER, is_hub_id, models_in, read_json
+from basiscli.checkpoints.files import ADAPTER, read_json
+from basiscli.checkpoints.source import is_hub_id, models_in
 from basiscli.checkpoints.writer import JOURNAL
 from basiscli.commands.verify.api import verify
-from basiscli.engine.threads import Progress, Silent
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.client import Pushed, check_login, upload
+from basiscli.progress import Progress, Silent
 from basiscli.reports.schema import read_report
 from basiscli.runtime.export import exported_files
 from basiscli.version import __version__

@@ -13,8 +13,8 @@ from basiscli.commands.run.mergekit import KEYS, is_mergekit, parse_mergekit
 from basiscli.commands.run.reading import read_yaml
 from basiscli.engine.cluster import cluster_of
 from basiscli.engine.settings import run_settings
-from basiscli.engine.threads import Progress, Silent
 from basiscli.errors import InputError, UsageError, did_you_mean
+from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
 
 if TYPE_CHECKING:

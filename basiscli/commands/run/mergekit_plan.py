@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import parse_dtype
-from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.compatibility import Model
-from basiscli.commands.merge.plan import FromRecipe, MergePlan, Settings, check_count, plan_opened
+from basiscli.commands.merge.plan import FromRecipe, MergePlan, check_count, plan_opened
 from basiscli.commands.run.mergekit import IGNORED, InputSlice, MergekitRecipe, ModelName, OutputSlice
 from basiscli.commands.run.parameters import TensorParameters
 from basiscli.commands.run.reading import in_recipe
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.settings import Settings
 from basiscli.errors import InputError
+from basiscli.hub.resolve import resolve
 from basiscli.model.stacked import Stretch, depth_of, stacked
 from basiscli.model.vocabulary import Revocabulated, renumbered_files
 from basiscli.registry import Registry

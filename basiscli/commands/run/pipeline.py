@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basiscli.checkpoints.source import ADAPTER_CONFIG, Source, is_hub_id, resolve
-from basiscli.commands.merge.plan import ADAPTER_FILE
+from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
+from basiscli.checkpoints.source import Source, is_hub_id
 from basiscli.commands.run.state import STATE, State, digest_of
 from basiscli.commands.run.steps import INPUTS, Step
-from basiscli.engine.threads import Progress
 from basiscli.errors import BasisError, InputError, UsageError
 from basiscli.gates import Outcome, failure_of
+from basiscli.hub.resolve import resolve
 from basiscli.names import for_json
+from basiscli.progress import Progress
 from basiscli.version import __version__
 
 _FILES = ("plugins",)  # options that name files whose contents decide the result, and that no step makes

@@ -10,12 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.header import encode_header
 from basiscli.checkpoints.layout import METADATA, Layout
 from basiscli.checkpoints.sidecars import sidecar_files
-from basiscli.checkpoints.source import ADAPTER_CONFIG
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.plan import ADAPTER_FILE
 from basiscli.commands.run.pipeline import Pipeline, inputs_of, of_step, words_of
 from basiscli.commands.run.steps import Step
 from basiscli.engine.pricing import Price, price_of

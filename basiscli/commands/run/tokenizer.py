@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from basiscli.checkpoints.source import Source, resolve
+from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.run.mergekit import ModelName, TokenizerChoice, TokenOfModel, Zero
 from basiscli.errors import InputError
+from basiscli.hub.resolve import resolve
 from basiscli.model.vocabulary import ABSENT, MEAN, Donor, RowMap
 from basiscli.runtime.load import load_tokenizer
 

@@ -11,12 +11,13 @@ from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.digests import file_digest, stored_digest, weights_digest
 from basiscli.checkpoints.header import StoredTensor
 from basiscli.checkpoints.kv_file import BASES_FILE, CONFIG_FILE, read_kv_config
-from basiscli.checkpoints.source import Source, models_in, resolve
+from basiscli.checkpoints.source import Source, models_in
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.checkpoints.writer import REPORT
-from basiscli.engine.threads import Progress, Silent
 from basiscli.errors import InputError
+from basiscli.hub.resolve import resolve
+from basiscli.progress import Progress, Silent
 from basiscli.reports.schema import KVRecord, Report, read_report
 
 
