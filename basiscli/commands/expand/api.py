@@ -19,12 +19,14 @@ from basiscli.checkpoints.nola import is_nola
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora, selectors
 from basiscli.checkpoints.writer import PartialOutput
+from basiscli.cli.keywords import keywords
 from basiscli.commands.expand.card import expanded_card
+from basiscli.commands.expand.options import ExpandOptions
 from basiscli.commands.merge.api import merge
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve
-from basiscli.progress import Progress
+from basiscli.progress import Progress, Silent
 from basiscli.reports.schema import read_report
 
 if TYPE_CHECKING:
@@ -45,15 +47,8 @@ class ExpandResult:
     modules: int
 
 
-def expand(
-    adapter: str | Path,
-    *,
-    initial: str | Path | None = None,
-    base: str | Path | None = None,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> ExpandResult:
+@keywords(ExpandOptions)
+def expand(adapter: str | Path, *, progress: Progress | None = None, **options: Any) -> ExpandResult:
     """Make of an adapter what everything can load.
 
     With `initial`, the adapter was trained from a start that is not zero (`basis init`: PiSSA, MiLoRA, OLoRA) on its
@@ -64,17 +59,20 @@ def expand(
 
     Args:
         adapter: the trained adapter.
-        initial: the adapter that its training began with.
-        base: with `initial`, the name of the original model to write into the result (by default the one that the
-            initial adapter's report names); without, the base to add the adapter to (by default the one it names).
-        output: the folder to make; `./ADAPTER-lora` or `./ADAPTER-merged` by default.
-        overwrite: replace an earlier output of basis.
         progress: what to tell how far the work is.
+        **options: by name:
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
     """
-    source = resolve(str(adapter))
+    return run(ExpandOptions.of(adapter=adapter, **options), progress or Silent())
+
+
+def run(options: ExpandOptions, progress: Progress) -> ExpandResult:
+    """Do what the options ask for."""
+    adapter, initial, base = options.adapter, options.initial, options.base
+    output, overwrite = options.output, options.overwrite
+    source = resolve(adapter)
     if not source.is_adapter:
         raise InputError("not an adapter", file=source.path, remedy="give a PEFT LoRA folder")
     name = source.label.rpartition("/")[2].partition("@")[0]

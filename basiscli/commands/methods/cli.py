@@ -1,4 +1,4 @@
-"""`basis methods`."""
+"""`basis methods` and `basis methods show`."""
 
 from __future__ import annotations
 
@@ -6,58 +6,73 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.command import Command
+from basiscli.cli.fields import argument
+from basiscli.cli.options import Plugins
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
+from basiscli.cli.signature import terminal_function
 
 if TYPE_CHECKING:
     from basiscli.registry import Registry
     from basiscli.transforms import Method
 
-app = typer.Typer(help="List the installed methods, or show one.", invoke_without_command=True)
+
+class ShowOptions(Plugins):
+    """Options of `basis methods show`."""
+
+    name: Annotated[str, argument("A method.", complete=lambda given: _names(given))]
 
 
-@app.callback()
-def methods(
-    context: typer.Context,
-    plugin: options.Plugins = None,
-    json: options.Json = False,
-) -> None:
-    """List the installed methods."""
-    if context.invoked_subcommand is not None:
-        return
-    out = Output(as_json=json, quiet=False)
-    with errors_shown(as_json=json):
-        from basiscli.registry import Registry
+def list_methods(options: Plugins, session: Session) -> None:
+    """Print a line for each method; one that does not load is a warning."""
+    from basiscli.registry import Registry
 
-        found, broken = _load_all(Registry.with_files(plugin or []))
-        for message in broken:
-            out.note(f"warning: {message}", warning=True)
-        rows = [[method.family, method.name, method.summary] for method in found]
-        out.result(
-            [_document(method) for method in found],
-            lambda: out.table(["command", "method", "what it does"], rows),
-        )
+    out = session.out
+    found, broken = _load_all(Registry.with_files(options.plugins))
+    for message in broken:
+        out.note(f"warning: {message}", warning=True)
+    rows = [[method.family, method.name, method.summary] for method in found]
+    out.result(
+        [_document(method) for method in found],
+        lambda: out.table(["command", "method", "what it does"], rows),
+    )
 
 
-@app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A method.")],
-    plugin: options.Plugins = None,
-    json: options.Json = False,
-) -> None:
-    """Show a method: what it does, its parameters and its source."""
-    out = Output(as_json=json, quiet=False)
-    with errors_shown(as_json=json):
-        from basiscli.errors import UsageError, did_you_mean
-        from basiscli.registry import FAMILIES, Registry
+def show(options: ShowOptions, session: Session) -> None:
+    """Print what a method does, its parameters and its source."""
+    from basiscli.errors import UsageError, did_you_mean
+    from basiscli.registry import FAMILIES, Registry
 
-        registry = Registry.with_files(plugin or [])
-        families = [family for family in FAMILIES if name in registry.names(family)]
-        if not families:
-            known = [known for family in FAMILIES for known in registry.names(family)]
-            raise UsageError(f"no method '{name}'", remedy=did_you_mean(name, known))
-        found = [registry.find(family, name) for family in families]
-        out.result([_document(method) for method in found], lambda: _show(out, found))
+    name, registry = options.name, Registry.with_files(options.plugins)
+    families = [family for family in FAMILIES if name in registry.names(family)]
+    if not families:
+        known = [known for family in FAMILIES for known in registry.names(family)]
+        raise UsageError(f"no method '{name}'", remedy=did_you_mean(name, known))
+    found = [registry.find(family, name) for family in families]
+    session.out.result([_document(method) for method in found], lambda: _show(session.out, found))
+
+
+def group() -> typer.Typer:
+    """Return the application that lists methods, and shows one."""
+    listing = Command(
+        "methods", "List the installed methods.", __name__, options=Plugins, main=list_methods, terminal=("as_json",)
+    )
+    showing = Command(
+        "show", "Show a method: what it does, its parameters and its source.", __name__, options=ShowOptions, main=show,
+        terminal=("as_json",),
+    )  # fmt: skip
+    app = typer.Typer(help="List the installed methods, or show one.", invoke_without_command=True)
+    app.callback()(terminal_function(listing))
+    app.command("show")(terminal_function(showing))
+    return app
+
+
+def _names(given: Any) -> list[str]:
+    from basiscli.registry import FAMILIES, Registry
+
+    registry = Registry.with_files(list(given.get("plugins") or ()))
+    return sorted({name for family in FAMILIES for name in registry.names(family)})
 
 
 def _load_all(registry: Registry) -> tuple[list[Method], list[str]]:
