@@ -42,9 +42,9 @@ def assemble(words: Sequence[str] | None = None) -> typer.Typer:
         if command.group is not None:
             app.add_typer(command.load(command.group)(), name=command.name)
         elif words is None or command.name == named:
-            from basiscli.cli.signature import terminal_function
+            from basiscli.cli.signature import NO_HELP, terminal_function
 
-            app.command(command.name)(terminal_function(command))
+            app.command(command.name, context_settings=NO_HELP)(terminal_function(command))
         else:
             app.command(command.name, help=command.help)(_not_named)
     return app

@@ -29,6 +29,29 @@ MAKES_MODEL = ("dry_run", "fail_if", "push_to", "private", "create_pr", "save_re
 
 
 @dataclass(frozen=True)
+class OwnMethod:
+    """A method that a command has built in, beside those that plugins bring; `basis methods` lists both."""
+
+    name: str
+    doc: str
+    source: str
+    usage: str = ""
+    """What follows `basis` to use it; the command's name by default."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of its documentation."""
+        return self.doc.partition("\n")[0]
+
+    def as_dict(self, command: str) -> dict[str, Any]:
+        """Return it as plain data, like a plugin's method."""
+        return {
+            "command": command, "name": self.name, "doc": self.doc, "source": self.source, "needs_base": False,
+            "takes_weights": False, "parameters": {},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Command:
     """One command of `basis`."""
 
@@ -57,6 +80,8 @@ class Command:
     """Reference to a function options → names of the numbers that gates can be over, known before the work."""
     variant: Any = None
     """Reference to a function from given options to the command that does these, where a word stands for several."""
+    own_methods: Sequence[OwnMethod] = ()
+    """Methods that it has built in."""
     position: int = 100
     """Its place in `basis --help`."""
 

@@ -19,17 +19,42 @@ _WORDS = (str, int, float, bool, Path)  # what Typer makes of a word; anything e
 _NAMES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
+NO_HELP = {"help_option_names": list[str]()}
+"""For Typer's `context_settings`: commands have an option `--help` of ours."""
+
+
+def _show_help(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HELP = inspect.Parameter(
+    "help",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--help", "-h", is_eager=True, callback=_show_help, metavar="", help="Show this message and exit."
+        ),
+    ],
+)
+"""`--help` as Typer has it, without a type beside it."""
+
+
 def terminal_function(command: Command) -> Callable[..., None]:
     """Return the function that Typer makes a command of."""
     own = [_parameter(command.model, name, meaning) for name, meaning in options_of(command.model).items()]
     shared = options_of(Terminal)
     told = [_parameter(Terminal, name, shared[name]) for name in shared if name in command.terminal]
     # Arguments in their order, then what may be left out: as a signature has to be.
-    parameters = [p for p in own if p is not None] + [p for p in told if p is not None]
+    parameters = [p for p in own if p is not None] + [p for p in told if p is not None] + [HELP]
 
     def call(context: typer.Context, **values: Any) -> None:
         if context.invoked_subcommand is not None:
             return
+        del values["help"]
         given = {name: value for name, value in values.items() if _was_given(context, name)}
         of_terminal = {name: given.pop(name) for name in list(given) if name in command.terminal}
         with errors_shown(as_json=bool(values.get("as_json"))):
@@ -62,12 +87,12 @@ def _parameter(model: type[Options], name: str, meaning: Option) -> inspect.Para
     kind = list[str] if meaning.repeat or _is_many(kind, meaning) else kind if kind in _WORDS else str
     required = field.is_required()
     default = inspect.Parameter.empty if required else field.get_default(call_default_factory=True)
-    if default == []:
+    if default in ([], {}):
         default = None
     more: dict[str, Any] = {
         "help": _help(meaning),
         "show_default": default is not None and meaning.default is None,
-        "metavar": _metavar(kind, meaning, words),
+        "metavar": _metavar(name, kind, meaning, words),
         "rich_help_panel": meaning.panel,
         "autocompletion": _completion(meaning.complete, words),
     }
@@ -98,14 +123,12 @@ def _help(meaning: Option) -> str:
     return meaning.help if meaning.default is None else f"{meaning.help} [default: {meaning.default}]"
 
 
-def _metavar(kind: Any, meaning: Option, words: list[str]) -> str | None:
+def _metavar(name: str, kind: Any, meaning: Option, words: list[str]) -> str | None:
     if meaning.metavar is not None:
         return meaning.metavar
-    if meaning.argument:
-        return None
     if kind is bool:
         return ""
-    return "|".join(words) if words else _NAMES.get(kind)
+    return name.upper() if meaning.argument else "|".join(words) if words else _NAMES.get(kind)
 
 
 def _completion(complete: Completion | None, words: list[str]) -> Callable[..., Iterable[str]] | None:

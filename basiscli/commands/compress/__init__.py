@@ -1,6 +1,6 @@
 """`basis compress`: a smaller KV cache, or a smaller adapter."""
 
-from basiscli.cli.command import MAKES_MODEL, Command
+from basiscli.cli.command import MAKES_MODEL, Command, OwnMethod
 
 command = Command(
     name="compress",
@@ -17,5 +17,13 @@ coefficients a module, of which the report says how much of the adapter's effect
     variant=".options:variant",
     terminal=MAKES_MODEL,
     makes="model",
+    own_methods=(
+        OwnMethod(
+            "nola",
+            "A LoRA adapter as a seed and coefficients of random bases, trained on what the adapter does.",
+            "Koohpayegani et al., 'NOLA: Compressing LoRA using Linear Combination of Random Basis', arXiv 2310.02556",
+            usage="compress --method nola",
+        ),
+    ),
     position=20,
 )

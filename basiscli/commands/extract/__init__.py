@@ -1,6 +1,6 @@
 """`basis extract`: a fine-tune as an adapter of its base; done by what does `basis init`."""
 
-from basiscli.cli.command import MAKES_MODEL, Command
+from basiscli.cli.command import MAKES_MODEL, Command, OwnMethod
 
 command = Command(
     name="extract",
@@ -12,5 +12,12 @@ command = Command(
     view="basiscli.commands.init.api:view",
     terminal=MAKES_MODEL,
     makes="model",
+    own_methods=(
+        OwnMethod(
+            "extract",
+            "The best approximation of the difference of two weights: B = U_r √Σ_r, A = √Σ_r V_rᵀ.",
+            "truncated SVD: Eckart and Young 1936",
+        ),
+    ),
     position=40,
 )

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from basiscli.linalg.svd import SVD
 
 __all__ = [
-    "ExtractOptions", "InitOptions", "InitResult", "extract", "init", "plan", "plan_difference", "plan_extract", "plan_init", "run_init",
-    "view",
+    "ExtractOptions", "InitOptions", "InitResult", "extract", "init", "plan", "plan_difference", "plan_extract",
+    "plan_init", "run_init", "view",
 ]  # fmt: skip
 
 

@@ -30,9 +30,7 @@ class MergeOptions(
 ):  # fmt: skip
     """Options of `basis merge` and keywords of `basiscli.merge`."""
 
-    models: Annotated[
-        ModelNames, argument("Folders, Hub ids (org/name@revision) or LoRA adapters, in order.", metavar="models...")
-    ]
+    models: Annotated[ModelNames, argument("Folders, Hub ids (org/name@revision) or LoRA adapters, in order.")]
     method: Annotated[str, option("`basis methods` lists them.", "-m", complete=methods_of("merge"))]
     output: Annotated[Path | None, option("Folder to make.", "-o", default="./merge-METHOD")] = None
     base: Annotated[
