@@ -122,7 +122,6 @@ def compress(
     out = Output(as_json=json, quiet=quiet, progress=progress)
     with errors_shown(as_json=json):
         from basiscli.commands.kv.api import plan_compress, run_compress
-        from basiscli.engine.pricing import kv_price
 
         after = GatesAndPush(out, fail_if=fail_if, push_to=push_to, private=private, create_pr=create_pr)
         if method == "nola":
@@ -166,7 +165,7 @@ def compress(
         )
         execute(
             plan, run_compress, out, after, dry_run=dry_run, document=_plan_document, show=_show_plan, summary=_summary,
-            known=known_numbers(plan.method), forecast=[*_forecast(plan), kv_price(plan).sentence()],
+            known=known_numbers(plan.method), forecast=[*_forecast(plan), plan.price().sentence()],
         )  # fmt: skip
 
 
@@ -205,8 +204,6 @@ def _summary(report: Report) -> str:
 
 
 def _plan_document(plan: KVPlan) -> dict[str, Any]:
-    from basiscli.engine.pricing import kv_price
-
     return {
         "output": str(plan.out),
         "method": plan.method.name,
@@ -222,13 +219,12 @@ def _plan_document(plan: KVPlan) -> dict[str, Any]:
         "search": plan.settings.search,
         "write_bytes": plan.layout.nbytes,
         "peak_bytes": plan.peak_bytes,
-        "price": kv_price(plan).as_dict(),
+        "price": plan.price().as_dict(),
         "notes": plan.notes,
     }
 
 
 def _show_plan(out: Output, plan: KVPlan) -> None:
-    from basiscli.engine.pricing import kv_price
     from basiscli.names import format_size
 
     out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
@@ -238,7 +234,7 @@ def _show_plan(out: Output, plan: KVPlan) -> None:
     )
     for note in [*plan.notes, *_forecast(plan)]:
         out.line(f"note: {note}")
-    price = kv_price(plan)
+    price = plan.price()
     memory = f"memory for tensors about {format_size(plan.peak_bytes)}"
     out.line(f"read {format_size(price.read_bytes)}, write {format_size(price.write_bytes)}, {memory}")
     out.line(price.sentence())

@@ -255,8 +255,6 @@ def _summary(report: Report) -> str:
 
 
 def _plan_document(plan: InitPlan) -> dict[str, Any]:
-    from basiscli.engine.pricing import init_price
-
     return {
         "output": str(plan.out),
         "method": plan.method.name,
@@ -271,13 +269,12 @@ def _plan_document(plan: InitPlan) -> dict[str, Any]:
         "modules": list(plan.targets.values()),
         "write_bytes": plan.expected_bytes,
         "peak_bytes": plan.peak_bytes,
-        "price": init_price(plan).as_dict(),
+        "price": plan.price().as_dict(),
         "notes": plan.notes,
     }
 
 
 def _show_plan(out: Output, plan: InitPlan) -> None:
-    from basiscli.engine.pricing import init_price
     from basiscli.names import format_size
 
     out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
@@ -294,7 +291,7 @@ def _show_plan(out: Output, plan: InitPlan) -> None:
         out.line(f"inputs of {plan.calibration.tokens:,} tokens in windows of {plan.calibration.length}: {text}")
     for note in plan.notes:
         out.line(f"note: {note}")
-    price = init_price(plan)
+    price = plan.price()
     memory = f"memory for tensors at most {format_size(plan.peak_bytes)}"
     out.line(f"read {format_size(price.read_bytes)}, write {format_size(plan.expected_bytes)}, {memory}")
     out.line(price.sentence())

@@ -131,8 +131,6 @@ def _summary(report: Report) -> str:
 
 
 def _plan_document(plan: MergePlan) -> dict[str, Any]:
-    from basiscli.engine.pricing import merge_price
-
     return {
         "output": str(plan.out),
         "method": plan.method.name,
@@ -144,7 +142,7 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
         "write_bytes": plan.write_bytes,
         "scratch_bytes": plan.scratch_bytes,
         "peak_bytes": plan.peak_bytes,
-        "price": merge_price(plan).as_dict(),
+        "price": plan.price().as_dict(),
         "notes": plan.notes,
         "files": [{"name": shard.file, "bytes": shard.nbytes} for shard in plan.layout.shards],
         "tensors": [
@@ -156,7 +154,6 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
 
 
 def _show_plan(out: Output, plan: MergePlan) -> None:
-    from basiscli.engine.pricing import merge_price
     from basiscli.names import format_count, format_size
 
     parameters = "".join(f" {name}={value}" for name, value in plan.parameters.items())
@@ -176,4 +173,4 @@ def _show_plan(out: Output, plan: MergePlan) -> None:
         f"read {format_size(plan.read_bytes)}, write {format_size(plan.write_bytes)}{scratch}, "
         f"memory for tensors at most {format_size(plan.peak_bytes)} with {workers}"
     )
-    out.line(merge_price(plan).sentence())
+    out.line(plan.price().sentence())
