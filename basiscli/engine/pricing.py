@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.settings import Settings
 from basiscli.names import format_count, format_size
 
 _EIGEN = 9  # operations of a symmetric eigendecomposition with vectors, in n³
@@ -79,19 +78,20 @@ def bytes_to_download(checkpoints: Iterable[Checkpoint | None]) -> int:
     return sum(tensor.nbytes for checkpoint in remote.values() for tensor in checkpoint.tensors.values())
 
 
-def flops_a_worker(work: Sequence[tuple[float, int]], settings: Settings) -> float:
+def flops_a_worker(work: Sequence[tuple[float, int]], workers: int, memory: int | None) -> float:
     """Return the floating-point operations that each worker has to do.
 
     In one machine's memory large tasks do not fit side by side, however many workers there are; see `Threads`.
 
     Args:
         work: of each task its operations, and the bytes of memory that it takes.
-        settings: of the run: workers, their memory, and whether they are a cluster's.
+        workers: tasks at a time.
+        memory: bytes that tasks may take together; None on a cluster, whose machines have each their own.
     """
-    even = sum(flops for flops, _ in work) / settings.workers
-    if settings.cluster is not None or not work:
+    even = sum(flops for flops, _ in work) / workers
+    if memory is None or not work:
         return even
-    budget = max([settings.memory, *(held for _, held in work)])
+    budget = max([memory, *(held for _, held in work)])
     return max(even, sum(flops * held for flops, held in work) / budget)
 
 

@@ -58,6 +58,11 @@ class Settings:
     cluster: Cluster | None = None
     """Where the tasks are done, if not in threads of this machine."""
 
+    @property
+    def shared_memory(self) -> int | None:
+        """Bytes that all tasks take together, at most; None on a cluster, whose machines have each their own."""
+        return None if self.cluster is not None else self.memory
+
 
 class EngineOptions(TypedDict, total=False):
     """What commands take by name that can run on a cluster."""

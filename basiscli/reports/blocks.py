@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,6 +128,28 @@ def described(figure: Figure) -> str:
 def cells_of(figure: HeatMap) -> list[tuple[float, int, int]]:
     """Return (value, row, column) of every place that has a number."""
     return [(value, y, x) for y, line in enumerate(figure.values) for x, value in enumerate(line) if value is not None]
+
+
+def table_of(
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: set[int] | None = None,
+    code: set[int] | None = None,
+    folded: bool = False,
+) -> Table:
+    """Return a table without the columns that are empty in every row; `right` and `code` count those of `columns`."""
+    kept = [n for n in range(len(columns)) if n == 0 or any(row[n] for row in rows)]
+    numbers, names = (frozenset(kept.index(n) for n in which or () if n in kept) for which in (right, code))
+    return Table(
+        tuple(columns[n] for n in kept),
+        tuple(tuple(row[n] for n in kept) for row in rows),
+        caption,
+        numbers,
+        names,
+        folded,
+    )
 
 
 def as_table(figure: Figure) -> Table:

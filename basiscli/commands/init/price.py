@@ -78,7 +78,8 @@ def _from_weights(plan: _Plan, rates: Rates) -> tuple[float, float]:
     exact = plan.exact or plan.method.name == "milora"
     decompose, per_second = (exact_svd_flops, rates.exact_flops) if exact else (fast_svd_flops, rates.fast_flops)
     work = [(decompose(plan.model.tensors[name].shape, plan.rank), plan.workspace(name)) for name in plan.targets]
-    return sum(flops for flops, _ in work), flops_a_worker(work, plan.settings) / per_second
+    own = flops_a_worker(work, plan.settings.workers, plan.settings.shared_memory)
+    return sum(flops for flops, _ in work), own / per_second
 
 
 def _from_data(plan: _Plan, tokens: int, rates: Rates) -> tuple[float, float]:

@@ -62,7 +62,7 @@ def merge_price(plan: _Plan, workspace: Callable[[str], int], rates: Rates) -> P
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         flops=flops + sum(own for own, _ in work),
-        seconds=seconds + flops_a_worker(work, plan.settings) / rates.exact_flops,
+        seconds=seconds + flops_a_worker(work, plan.settings.workers, plan.settings.shared_memory) / rates.exact_flops,
         workers=plan.settings.workers,
         machine=rates.machine,
         download_bytes=bytes_to_download(
