@@ -50,7 +50,7 @@ class Price:
     def sentence(self) -> str:
         """Return operations and time as a person reads them.
 
-        `8.59 TFLOP: about 3.3 hours with 2 workers, each an AMD EPYC core, on storage of at least 1.5 GB/s`
+        `8.59 TFLOP: about 2.4 hours with 2 workers, each an AMD EPYC core, on storage of at least 1.5 GB/s`
         """
         rate = format_size((self.read_bytes + self.write_bytes) / max(self.seconds, 1e-9))
         fetched = f"download {format_size(self.download_bytes)}, then " if self.download_bytes else ""

@@ -46,7 +46,7 @@ def yes_no(value: bool) -> str:
 
 
 def rounded(count: float) -> str:
-    """Return a large count in three digits or so: `135.0 M`."""
+    """Return a count as a person reads it: `134.5 M` of 134,515,008."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if count >= size:
             return f"{count / size:.1f}{unit}"

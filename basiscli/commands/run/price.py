@@ -22,15 +22,18 @@ from basiscli.engine.pricing import Price
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step would cost; None where only the work can tell."""
+    """What a step would read, write and take, in bytes and time; None where only the work can tell."""
 
     name: str
     command: str
     path: Path | None
+    """The folder that it makes; None for one that makes none."""
     done_before: bool
+    """Whether its result is there from an earlier run, and still current."""
     read_bytes: int | None = None
     write_bytes: int | None = None
     peak_bytes: int | None = None
+    """Memory of tensors, at most."""
     price: Price | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,7 +45,7 @@ class StepPlan:
 
 
 def price(pipeline: Pipeline) -> list[StepPlan]:
-    """Return what every step would cost, and write nothing.
+    """Return what each step of a pipeline would cost; nothing is carried out.
 
     Where steps take what others would make, they are planned on folders of headers without data; of models of the Hub
     that are not here, headers alone are fetched.
