@@ -68,6 +68,8 @@ class Command:
     """Reference to a function options → plan, which writes nothing and imports no torch; the plan may have a price."""
     view: Any = None
     """Reference to a `View`: what the terminal shows of plan and result."""
+    page: Any = None
+    """Reference to a `reports.contribution.Contributor`: what its reports have beside what all have."""
     main: Any = None
     """Reference to a function (options, session) → None, for what is not shown in the usual way."""
     group: Any = None

@@ -57,6 +57,11 @@ class Settings:
     cluster: Cluster | None = None
     """Where the tasks are done, if not in threads of this machine."""
 
+    @property
+    def shared_memory(self) -> int | None:
+        """Bytes that all tasks take together, at most; None on a cluster, whose machines have each their own."""
+        return None if self.cluster is not None else self.memory
+
 
 def run_settings(options: Mapping[str, Any], cluster: Cluster | None = None) -> Settings:
     """Return the settings that `merge`, `init` and `extract` share.

@@ -199,12 +199,12 @@ class Report(_Record):
     versions: dict[str, str]
 
     def as_file(self) -> bytes:
-        """Return the content of `basis_report.json`."""
+        """Return the report as `basis_report.json` holds it."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 def read_report(folder: Path) -> Report | None:
-    """Read a folder's report, None where there is none.
+    """Return the report that lies in a folder, and None where there is none.
 
     Raises:
         InputError: if it is of a newer schema or is damaged.

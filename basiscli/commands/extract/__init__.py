@@ -10,6 +10,7 @@ command = Command(
     plan="basiscli.commands.init.api:plan_difference",
     run="basiscli.commands.init.api:run_init",
     view="basiscli.commands.init.api:view",
+    page="basiscli.commands.init.api:page",
     terminal=MAKES_MODEL,
     makes="model",
     own_methods=(

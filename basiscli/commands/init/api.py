@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     from basiscli.cli.session import View
     from basiscli.linalg.svd import SVD
+    from basiscli.reports.contribution import Contribution
+    from basiscli.reports.evaluations import EvaluationRecord
 
 __all__ = [
-    "ExtractOptions", "InitOptions", "InitResult", "extract", "init", "plan", "plan_difference", "plan_extract",
+    "ExtractOptions", "InitOptions", "InitResult", "extract", "init", "page", "plan", "plan_difference", "plan_extract",
     "plan_init", "run_init", "view",
 ]  # fmt: skip
 
@@ -153,6 +155,13 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
     if plan.base is not None:
         return InitResult(plan.out, plan.out, None, report)
     return InitResult(plan.out, plan.out / ADAPTER, plan.out / RESIDUAL if plan.has_residual else None, report)
+
+
+def page(report: Report, evaluations: Sequence[EvaluationRecord]) -> Contribution:
+    """Return what a report of it has of its own."""
+    from basiscli.commands.init.page import contribute
+
+    return contribute(report, evaluations)
 
 
 @transform("init", name="extract", source="truncated SVD: Eckart and Young 1936")

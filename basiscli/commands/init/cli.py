@@ -49,8 +49,6 @@ class InitView(View):
 
     def document(self, plan: InitPlan) -> dict[str, Any]:
         """Return the plan as plain data."""
-        from basiscli.engine.pricing import init_price
-
         return {
             "output": str(plan.out),
             "method": plan.method.name,
@@ -65,14 +63,12 @@ class InitView(View):
             "modules": list(plan.targets.values()),
             "write_bytes": plan.expected_bytes,
             "peak_bytes": plan.peak_bytes,
-            "price": init_price(plan).as_dict(),
+            "price": plan.price().as_dict(),
             "notes": plan.notes,
         }
 
     def show_plan(self, out: Output, plan: InitPlan) -> None:
         """Print the plan."""
-        from basiscli.engine.pricing import init_price
-
         out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
         rank = f"rank {plan.rank}" if plan.ranks_known else f"mean rank {plan.rank}"
         if plan.energy is not None:
@@ -87,7 +83,7 @@ class InitView(View):
             out.line(f"inputs of {plan.calibration.tokens:,} tokens in windows of {plan.calibration.length}: {text}")
         for note in plan.notes:
             out.line(f"note: {note}")
-        price = init_price(plan)
+        price = plan.price()
         memory = f"memory for tensors at most {format_size(plan.peak_bytes)}"
         out.line(f"read {format_size(price.read_bytes)}, write {format_size(plan.expected_bytes)}, {memory}")
         out.line(price.sentence())

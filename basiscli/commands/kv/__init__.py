@@ -10,6 +10,7 @@ command = Command(
     plan=".api:plan",
     run=".api:run_compress",
     view=".cli:KVView",
+    page=".page:contribute",
     terminal=MAKES_MODEL,
     makes="model",
 )

@@ -101,7 +101,8 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     from basiscli.checkpoints.kv_file import BASES_FILE
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT
-    from basiscli.commands.kv.report import build_kv_report, kv_card
+    from basiscli.commands.kv.card import kv_card
+    from basiscli.commands.kv.report import build_kv_report
     from basiscli.commands.kv.run import KVRun
     from basiscli.engine.devices import choose_device
     from basiscli.engine.partial import partial_output

@@ -17,7 +17,10 @@ class KVView(View):
     """Plan and report of a smaller KV cache."""
 
     def forecast(self, plan: KVPlan) -> list[str]:
-        """Return the calibration text and the training's steps."""
+        """Return the calibration text, the training's steps, and what all of it will take."""
+        return [*self._advice(plan), plan.price().sentence()]
+
+    def _advice(self, plan: KVPlan) -> list[str]:
         lines = []
         if plan.settings.calibration is None:
             lines.append("calibration with the small built-in mix; text of your own kind is better: --calibration FILE")
@@ -51,8 +54,6 @@ class KVView(View):
 
     def document(self, plan: KVPlan) -> dict[str, Any]:
         """Return the plan as plain data."""
-        from basiscli.engine.pricing import kv_price
-
         return {
             "output": str(plan.out),
             "method": plan.method.name,
@@ -68,22 +69,20 @@ class KVView(View):
             "search": plan.settings.search,
             "write_bytes": plan.layout.nbytes,
             "peak_bytes": plan.peak_bytes,
-            "price": kv_price(plan).as_dict(),
+            "price": plan.price().as_dict(),
             "notes": plan.notes,
         }
 
     def show_plan(self, out: Output, plan: KVPlan) -> None:
         """Print the plan."""
-        from basiscli.engine.pricing import kv_price
-
         out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
         out.line(
             f"{plan.shape.layers} layers of {plan.shape.heads} KV heads of {plan.shape.dim} dimensions: "
             f"removed {1 - plan.kept:.1%}, kept {plan.kept:.1%}, {plan.kept * plan.shape.dim:.1f} dims a head"
         )
-        for note in [*plan.notes, *self.forecast(plan)]:
+        for note in [*plan.notes, *self._advice(plan)]:
             out.line(f"note: {note}")
-        price = kv_price(plan)
+        price = plan.price()
         memory = f"memory for tensors about {format_size(plan.peak_bytes)}"
         out.line(f"read {format_size(price.read_bytes)}, write {format_size(price.write_bytes)}, {memory}")
         out.line(price.sentence())

@@ -14,6 +14,7 @@ take; of models of the Hub that are not here, their headers alone are fetched.""
     plan=".api:plan",
     run=".api:run_merge",
     view=".cli:MergeView",
+    page=".page:contribute",
     terminal=MAKES_MODEL,
     makes="model",
     position=10,

@@ -73,10 +73,10 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     started = time.monotonic()
     from basiscli.checkpoints.sidecars import sidecar_files
     from basiscli.checkpoints.writer import REPORT
+    from basiscli.commands.merge.card import merge_card
     from basiscli.commands.merge.report import build_report
     from basiscli.commands.merge.run import MergeRun
     from basiscli.engine.partial import partial_output
-    from basiscli.reports.card import model_card
 
     device = device_of(plan.settings)
     with (
@@ -88,7 +88,7 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
         journal = run.run()
         now = time.monotonic()
         report = build_report(run, journal, seconds=now - started, seconds_merging=now - merging)
-        card, warnings = model_card(plan, report)
+        card, warnings = merge_card(plan, report)
         report = report.model_copy(update={"notes": [*report.notes, *warnings]})
         if plan.adapter_rank is None:
             tokenizer = plan.recipe.files if plan.recipe else None

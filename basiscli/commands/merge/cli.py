@@ -38,8 +38,6 @@ class MergeView(View):
 
     def document(self, plan: MergePlan) -> dict[str, Any]:
         """Return the plan as plain data."""
-        from basiscli.engine.pricing import merge_price
-
         return {
             "output": str(plan.out),
             "method": plan.method.name,
@@ -51,7 +49,7 @@ class MergeView(View):
             "write_bytes": plan.write_bytes,
             "scratch_bytes": plan.scratch_bytes,
             "peak_bytes": plan.peak_bytes,
-            "price": merge_price(plan).as_dict(),
+            "price": plan.price().as_dict(),
             "notes": plan.notes,
             "files": [{"name": shard.file, "bytes": shard.nbytes} for shard in plan.layout.shards],
             "tensors": [
@@ -63,7 +61,6 @@ class MergeView(View):
 
     def show_plan(self, out: Output, plan: MergePlan) -> None:
         """Print the plan."""
-        from basiscli.engine.pricing import merge_price
         from basiscli.names import format_count, format_size
 
         parameters = "".join(f" {name}={value}" for name, value in plan.parameters.items())
@@ -83,4 +80,4 @@ class MergeView(View):
             f"read {format_size(plan.read_bytes)}, write {format_size(plan.write_bytes)}{scratch}, "
             f"memory for tensors at most {format_size(plan.peak_bytes)} with {workers}"
         )
-        out.line(merge_price(plan).sentence())
+        out.line(plan.price().sentence())

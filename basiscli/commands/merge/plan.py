@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,11 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.merge.compatibility import check_architecture, common_dtype_notes, sort_tensors
 from basiscli.commands.merge.inputs import find_base, merge_weights
+from basiscli.commands.merge.price import merge_price
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.pricing import Price
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
 from basiscli.errors import InputError, UsageError
@@ -147,6 +151,10 @@ class MergePlan:
         """Memory of tensors in flight, at most; the interpreter and torch come on top."""
         names = [*self.merged, *self.copied]
         return peak_workspace([workspace(self, name) for name in names], self.settings.workers, self.settings.memory)
+
+    def price(self, rates: Rates = MEASURED) -> Price:
+        """Return the bytes, the operations and the hours that it would take at these rates."""
+        return merge_price(self, partial(workspace, self), rates)
 
     @property
     def fingerprint(self) -> str:

@@ -13,10 +13,10 @@ from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.merge.plan import factor_keys
+from basiscli.commands.merge.reproduce import merge_command
 from basiscli.commands.merge.run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key
 from basiscli.reports.facts import license_of, peak_memory_bytes, versions
-from basiscli.reports.reproduce import merge_command
 from basiscli.reports.schema import (
     Continuation,
     Cost,

@@ -10,6 +10,7 @@ command = Command(
     plan=".api:plan",
     run=".api:run_adapter",
     view=".cli:NolaView",
+    page=".page:contribute",
     terminal=MAKES_MODEL,
     makes="model",
 )

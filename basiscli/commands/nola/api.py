@@ -72,7 +72,8 @@ def run_adapter(plan: NolaPlan, progress: Progress) -> CompressResult:
     started = time.monotonic()
     refuse_headers_only(plan.settings.headers_only)
     from basiscli.checkpoints.writer import REPORT
-    from basiscli.commands.nola.report import build_nola_report, nola_files
+    from basiscli.commands.nola.card import nola_files
+    from basiscli.commands.nola.report import build_nola_report
     from basiscli.commands.nola.run import NolaRun
     from basiscli.engine.devices import choose_device
     from basiscli.engine.partial import partial_output

@@ -17,6 +17,7 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve, resolve_base
 from basiscli.model.architecture import loaded_names
@@ -85,6 +86,9 @@ class NolaPlan:
     def coefficients(self) -> int:
         """How many there are."""
         return sum(sum(self.counts(module)) for module in self.modules)
+
+    def price(self, rates: Rates = MEASURED) -> None:
+        """Return None: how long coefficients take to fit was not measured, and is not guessed."""
 
     @property
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from basiscli.checkpoints.sidecars import sidecar_files
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.run.pipeline import Pipeline, inputs_of, of_step, words_of
 from basiscli.commands.run.steps import Step
-from basiscli.engine.pricing import Price, price_of
+from basiscli.engine.pricing import Price
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow:
     model = getattr(planned, "reference", None) or getattr(planned, "model", None)
     if model is not None and layout.shards:
         _hollow(layout, model, getattr(planned, "adapter_rank", None) or getattr(planned, "rank", None), shadow)
-    found = price_of(planned)
+    found = planned.price()
     read, write = (None, layout.nbytes) if found is None else (found.read_bytes, found.write_bytes)
     return StepPlan(step.name, step.word, place, False, read, write, getattr(planned, "peak_bytes", None), found)
 
