@@ -33,7 +33,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import basiscli
 from basiscli.checkpoints.header import TensorSpec
-from basiscli.checkpoints.writer import write_file
+from basiscli.checkpoints.scratch import write_file
 from basiscli.engine.pricing import _exact_svd, _fast_svd, _projection
 from basiscli.runtime.kv_projection import KVProjection, attach
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from basiscli.calibration.tokens import Windows
+from basiscli.checkpoints.shards import Shards
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import Shards
 from basiscli.engine.devices import working_dtype
 from basiscli.engine.tasks import Engine, Task
 from basiscli.engine.tensor_store import TensorStore, get_windows, store_for

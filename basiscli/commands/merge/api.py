@@ -108,8 +108,8 @@ def plan_merge(models: Sequence[str | Path], **options: Unpack[MergeOptions]) ->
 def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     """Carry out a plan."""
     started = time.monotonic()
+    from basiscli.checkpoints.files import REPORT
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT
     from basiscli.commands.merge.report import build_report
     from basiscli.commands.merge.run import MergeRun
     from basiscli.engine.partial import partial_output

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from basiscli.checkpoints.files import REPORT
 from basiscli.checkpoints.source import Source, is_hub_id
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve, resolve_base
 from basiscli.reports.schema import Continuation, read_report

@@ -15,10 +15,11 @@ from torch import Tensor
 from basiscli.checkpoints.digests import digest, file_digest
 from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.scratch import write_file
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import PartialOutput, write_file
+from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.merge.plan import MergePlan, block_elements, factor_keys, is_decomposed, workspace
 from basiscli.commands.merge.reader import TensorReader
 from basiscli.engine.batches import in_batches

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.files import ADAPTER, read_json
+from basiscli.checkpoints.shards import JOURNAL
 from basiscli.checkpoints.source import is_hub_id, models_in
-from basiscli.checkpoints.writer import JOURNAL
 from basiscli.commands.verify.api import verify
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.client import Pushed, check_login, upload

@@ -45,7 +45,7 @@ def report(
             raise UsageError(
                 "--html, --markdown, --numbers: more than one", remedy="give one; --json goes with the others"
             )
-        from basiscli.checkpoints.writer import REPORT
+        from basiscli.checkpoints.files import REPORT
         from basiscli.commands.report.api import report as read
 
         if numbers and folder == "." and not Path(REPORT).exists():
