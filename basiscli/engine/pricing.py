@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from basiscli.checkpoints.adapter import AdapterView
+from basiscli.checkpoints.adapter_view import AdapterView
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.kv.plan import SEARCH_BATCH, KVPlan

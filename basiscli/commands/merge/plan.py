@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.dtypes import tensor_bytes
 from basiscli.checkpoints.files import ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from basiscli.checkpoints.adapter import AdapterView, Model
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import Source
