@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from basiscli.commands.init.plan import DEFAULT_RANK, InitPlan
 from basiscli.commands.init.targets import ALL_LINEAR
 from basiscli.commands.kv.plan import KVPlan
-from basiscli.commands.merge.plan import RECIPE, MergePlan
+from basiscli.commands.merge.plan import MergePlan
+from basiscli.commands.merge.recipe import RECIPE
 
 
 def merge_command(plan: MergePlan) -> str:

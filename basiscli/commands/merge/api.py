@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Required, Unpack
 
 from basiscli.checkpoints.source import is_hub_id
-from basiscli.commands.merge.plan import RECIPE, MergePlan
+from basiscli.commands.merge.plan import MergePlan
 from basiscli.commands.merge.plan import plan_merge as _plan
+from basiscli.commands.merge.recipe import RECIPE
 from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.settings import OutputOptions, run_settings
 from basiscli.progress import Progress, Silent
