@@ -33,8 +33,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import basiscli
 from basiscli.checkpoints.header import TensorSpec
-from basiscli.checkpoints.writer import write_file
-from basiscli.engine.pricing import exact_svd_flops, fast_svd_flops, projection_flops
+from basiscli.checkpoints.scratch import write_file
+from basiscli.engine.pricing import (
+    exact_svd_flops,
+    fast_svd_flops,
+    projection_flops,
+)
 from basiscli.runtime.kv_projection import KVProjection, attach
 
 MODELS = ("base", "a", "b", "c")

@@ -11,8 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from basiscli.checkpoints.files import read_json
-from basiscli.checkpoints.writer import REPORT
+from basiscli.checkpoints.files import REPORT, read_json
 from basiscli.errors import InputError
 
 SCHEMA_VERSION = 1

@@ -126,8 +126,8 @@ def view() -> View:
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
     """Carry out a plan."""
     started = time.monotonic()
+    from basiscli.checkpoints.files import REPORT
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT
     from basiscli.commands.init.card import adapter_card
     from basiscli.commands.init.report import build_init_report, part_of, peft_config
     from basiscli.commands.init.run import InitRun

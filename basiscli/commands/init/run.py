@@ -16,11 +16,12 @@ from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import raw_bytes, torch_dtype
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.scratch import write_file
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import selectors
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import PartialOutput, write_file
+from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.init.plan import NF4_ROUNDS, InitPlan
 from basiscli.engine.batches import in_batches
 from basiscli.engine.copying import copy_tensor

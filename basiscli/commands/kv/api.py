@@ -98,9 +98,9 @@ def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
     refuse_headers_only(plan.settings.headers_only)
+    from basiscli.checkpoints.files import REPORT
     from basiscli.checkpoints.kv_file import BASES_FILE
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT
     from basiscli.commands.kv.card import kv_card
     from basiscli.commands.kv.report import build_kv_report
     from basiscli.commands.kv.run import KVRun

@@ -12,8 +12,9 @@ from typing import Any
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.cli.keywords import keywords
 from basiscli.commands.merge.options import MergeOptions
-from basiscli.commands.merge.plan import RECIPE, MergePlan
+from basiscli.commands.merge.plan import MergePlan
 from basiscli.commands.merge.plan import plan_merge as _plan
+from basiscli.commands.merge.recipe import RECIPE
 from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.settings import run_settings
 from basiscli.progress import Progress, Silent
@@ -71,8 +72,8 @@ def plan(options: MergeOptions) -> MergePlan:
 def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
     """Carry out a plan."""
     started = time.monotonic()
+    from basiscli.checkpoints.files import REPORT
     from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT
     from basiscli.commands.merge.card import merge_card
     from basiscli.commands.merge.report import build_report
     from basiscli.commands.merge.run import MergeRun

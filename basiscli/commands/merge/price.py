@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from basiscli.checkpoints.adapter import AdapterView, Model
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.pricing import Price, bytes_to_download, flops_a_worker, projection_flops
 from basiscli.engine.rates import Rates

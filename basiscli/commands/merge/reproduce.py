@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from basiscli.commands.merge.plan import RECIPE, MergePlan
+from basiscli.commands.merge.plan import MergePlan
+from basiscli.commands.merge.recipe import RECIPE
 from basiscli.reports.reproduce import number, parameter_words, seed_words
 
 

@@ -71,7 +71,7 @@ def run_adapter(plan: NolaPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
     refuse_headers_only(plan.settings.headers_only)
-    from basiscli.checkpoints.writer import REPORT
+    from basiscli.checkpoints.files import REPORT
     from basiscli.commands.nola.card import nola_files
     from basiscli.commands.nola.report import build_nola_report
     from basiscli.commands.nola.run import NolaRun

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView
 from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout

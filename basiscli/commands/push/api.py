@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.files import ADAPTER, read_json
+from basiscli.checkpoints.shards import JOURNAL
 from basiscli.checkpoints.source import models_in
-from basiscli.checkpoints.writer import JOURNAL
 from basiscli.cli.keywords import keywords
 from basiscli.commands.push.options import PushOptions
 from basiscli.commands.verify.api import verify

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from basiscli.checkpoints.writer import REPORT
+from basiscli.checkpoints.files import REPORT
 from basiscli.commands.report.contributors import contributor_of
 from basiscli.errors import InputError, ResourceError, UsageError
 from basiscli.reports.blocks import Section

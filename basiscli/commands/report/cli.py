@@ -38,7 +38,7 @@ def main(options: ReportOptions, session: Session) -> None:
     out, as_json = session.out, session.told.as_json
     if (options.html is not None) + options.markdown + options.numbers > 1 or (options.markdown and as_json):
         raise UsageError("--html, --markdown, --numbers: more than one", remedy="give one; --json goes with the others")
-    from basiscli.checkpoints.writer import REPORT
+    from basiscli.checkpoints.files import REPORT
     from basiscli.commands.report.api import report
 
     if options.numbers and options.folder == "." and not Path(REPORT).exists():
