@@ -11,17 +11,21 @@ from typing import Any
 
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.cli.keywords import keywords
+from basiscli.commands.merge.inputs import check_count, check_weights
 from basiscli.commands.merge.options import MergeOptions
-from basiscli.commands.merge.plan import MergePlan
+from basiscli.commands.merge.plan import MergePlan, plan_opened
 from basiscli.commands.merge.plan import plan_merge as _plan
-from basiscli.commands.merge.recipe import RECIPE
+from basiscli.commands.merge.recipe import RECIPE, FromRecipe
 from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.settings import run_settings
 from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
 
-__all__ = ["MergeOptions", "MergePlan", "MergeResult", "merge", "plan", "plan_merge", "run_merge"]
+__all__ = [
+    "FromRecipe", "MergeOptions", "MergePlan", "MergeResult", "check_count", "check_weights", "merge", "plan",
+    "plan_merge", "plan_opened", "run_merge",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.inputs import check_count
-from basiscli.commands.merge.plan import MergePlan, plan_opened
-from basiscli.commands.merge.recipe import FromRecipe
+from basiscli.commands.merge.api import FromRecipe, MergePlan, check_count, plan_opened
 from basiscli.commands.run.mergekit import IGNORED, InputSlice, MergekitRecipe, ModelName, OutputSlice
 from basiscli.commands.run.parameters import TensorParameters
 from basiscli.commands.run.reading import in_recipe
