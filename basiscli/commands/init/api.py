@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from basiscli.checkpoints.files import ADAPTER, RESIDUAL
 from basiscli.checkpoints.source import Source
-from basiscli.commands.init.plan import DEFAULT_LENGTH, DEFAULT_TOKENS, Calibration, InitPlan
-from basiscli.commands.init.plan import plan_init as _plan
+from basiscli.commands.init.calibration import DEFAULT_LENGTH, DEFAULT_TOKENS, Calibration
+from basiscli.commands.init.plan import InitPlan, make_plan
 from basiscli.commands.init.targets import ALL_LINEAR
 from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.settings import Cluster, OutputOptions, run_settings
@@ -168,11 +168,9 @@ def plan_extract(
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
     """Carry out a plan."""
     started = time.monotonic()
-    from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.checkpoints.writer import REPORT
-    from basiscli.commands.init.card import adapter_card
-    from basiscli.commands.init.report import build_init_report, part_of, peft_config
-    from basiscli.commands.init.run import InitRun
+    from basiscli.commands.init.output_files import files_beside_weights
+    from basiscli.commands.init.report import build_init_report
+    from basiscli.commands.init.runs import run_type
     from basiscli.engine.partial import partial_output
 
     device = device_of(plan.settings)
@@ -180,20 +178,10 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
         engine_of(plan, plan.settings) as engine,
         partial_output(plan, progress, resume=plan.settings.resume) as output,
     ):
-        run = InitRun(plan, output, progress, device, engine)
+        run = run_type(plan)(plan, output, progress, device, engine)
         run.run()
         report = build_init_report(run, seconds=time.monotonic() - started)
-        files = {REPORT: report.as_file()}
-        folder = "" if plan.base is not None else f"{ADAPTER}/"
-        beside_factors = {"adapter_config.json": peft_config(run)} | adapter_card(plan, report)
-        files |= {f"{folder}{name}": content for name, content in beside_factors.items()}
-        if folder:
-            parts = [ADAPTER, RESIDUAL] if plan.has_residual else [ADAPTER]
-            files |= {f"{part}/{REPORT}": part_of(report, run, part).as_file() for part in parts}
-            if plan.has_residual:
-                beside = sidecar_files(plan.model, plan.settings.dtype, code=False)
-                files |= {f"{RESIDUAL}/{name}": content for name, content in beside.items()}
-        output.commit(files, overwrite=plan.settings.overwrite)
+        output.commit(files_beside_weights(run, report), overwrite=plan.settings.overwrite)
     if plan.base is not None:
         return InitResult(plan.out, plan.out, None, report)
     return InitResult(plan.out, plan.out / ADAPTER, plan.out / RESIDUAL if plan.has_residual else None, report)
@@ -219,7 +207,7 @@ def _planned(
     calibration: Calibration | None = None,
     quantize: str | None = None,
 ) -> InitPlan:
-    return _plan(
+    return make_plan(
         source,
         method,
         parameters,
