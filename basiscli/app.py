@@ -1,51 +1,68 @@
-"""The command line. Parses, calls the API, shows results; no mathematics and no files here.
+"""The command line, put together from the declarations of the installed commands, ours and anyone's alike.
 
-Importing it must stay cheap: commands import what they need when they run.
+Importing it must stay cheap: commands import what they need when they run, and of a call that names a command only that
+one's declaration is read.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from typing import Annotated, Any
 
 import typer
 
-from basiscli.commands.compress import cli as compress
-from basiscli.commands.demo import cli as demo
-from basiscli.commands.diff import cli as diff
-from basiscli.commands.evaluate import cli as evaluate
-from basiscli.commands.expand import cli as expand
-from basiscli.commands.init import cli as init
-from basiscli.commands.inspect import cli as inspect
-from basiscli.commands.merge import cli as merge
-from basiscli.commands.methods import cli as methods
-from basiscli.commands.push import cli as push
-from basiscli.commands.report import cli as report
-from basiscli.commands.run import cli as run
-from basiscli.commands.verify import cli as verify
+from basiscli.cli.command import Command, command_points, load_command
+from basiscli.errors import UsageError
 from basiscli.version import __version__
 
-app = typer.Typer(
-    name="basis",
-    help="Model surgery: merge, compress and initialise checkpoints and adapters.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("merge")(merge.merge)
-app.command("compress")(compress.compress)
-app.command("init")(init.init)
-app.command("extract")(init.extract)
-app.command("expand")(expand.expand)
-app.command("eval")(evaluate.evaluate)
-app.command("run")(run.run)
-app.command("inspect")(inspect.inspect)
-app.command("diff")(diff.diff)
-app.command("report")(report.report)
-app.command("verify")(verify.verify)
-app.command("push")(push.push)
-app.add_typer(methods.app, name="methods")
-app.command("demo")(demo.demo)
+_COMPLETION = "_BASIS_COMPLETE"  # set by the shell that asks for completions
+
+
+def assemble(words: Sequence[str] | None = None) -> typer.Typer:
+    """Return the application with the command that some words of a command line name, or with all commands."""
+    app = typer.Typer(
+        name="basis",
+        help="Model surgery: merge, compress and initialise checkpoints and adapters.",
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_basis)
+    try:
+        points = command_points()
+    except UsageError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise SystemExit(error.exit_code) from error
+    named = next((word for word in words or () if not word.startswith("-")), None)
+    for command in _loaded([points[named]] if named in points else list(points.values())):
+        if command.group is not None:
+            app.add_typer(command.load(command.group)(), name=command.name)
+        elif words is None or command.name == named:
+            from basiscli.cli.signature import NO_HELP, terminal_function
+
+            app.command(command.name, context_settings=NO_HELP)(terminal_function(command))
+        else:
+            app.command(command.name, help=command.help)(_not_named)
+    return app
+
+
+def _not_named() -> None:
+    """Stand for a command in the list of commands."""
+
+
+def _loaded(points: Sequence[EntryPoint]) -> list[Command]:
+    """Return commands in their order; one that does not load is a line of warning and no more."""
+    found = []
+    for point in points:
+        try:
+            found.append(load_command(point))
+        except UsageError as error:
+            typer.secho(f"warning: {error}", err=True, fg="yellow")
+    return sorted(found, key=lambda command: (command.position, command.name))
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,10 +71,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _basis(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.", metavar="")
     ] = False,
 ) -> None:
     pass
@@ -65,4 +81,16 @@ def _basis(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    assemble(None if _COMPLETION in os.environ else sys.argv[1:])()
+
+
+def __getattr__(name: str) -> Any:
+    """Make the whole application when it is asked for: `from basiscli.app import app`."""
+    if name != "app":
+        raise AttributeError(f"module 'basiscli.app' has no attribute '{name}'")
+    globals()["app"] = assemble()
+    return globals()["app"]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "app"]

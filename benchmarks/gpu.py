@@ -33,8 +33,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import basiscli
 from basiscli.checkpoints.header import TensorSpec
-from basiscli.checkpoints.writer import write_file
-from basiscli.engine.pricing import _exact_svd, _fast_svd, _projection
+from basiscli.checkpoints.scratch import write_file
+from basiscli.engine.pricing import (
+    exact_svd_flops,
+    fast_svd_flops,
+    projection_flops,
+)
 from basiscli.runtime.kv_projection import KVProjection, attach
 
 MODELS = ("base", "a", "b", "c")
@@ -234,7 +238,7 @@ class Bench:
             base = {"base": self.work / "base"} if based else {}
             passes = 2 if method == "ortho" else 1
             moved = size * (passes * (3 + based) + 1 + (4 if method == "ortho" else 0))
-            flops = self._flops(lambda shape: 2 * _projection(shape)) if method == "ortho" else 0.0
+            flops = self._flops(lambda shape: 2 * projection_flops(shape)) if method == "ortho" else 0.0
             self._command(
                 f"merge {method}, three" + (" and a base" if based else ""), moved, flops, "float64",
                 lambda out, m=method, b=base: basiscli.merge(
@@ -247,7 +251,7 @@ class Bench:
         base = self.work / "base"
         size = (base / "model.safetensors").stat().st_size
         for exact, name in ((False, "pissa"), (True, "pissa --exact")):
-            cost, dtype = (_exact_svd, "float64") if exact else (_fast_svd, "float32")
+            cost, dtype = (exact_svd_flops, "float64") if exact else (fast_svd_flops, "float32")
             self._command(
                 f"init {name}", 2 * size, self._flops(lambda shape, cost=cost: cost(shape, RANK)), dtype,
                 lambda out, e=exact: basiscli.init(

@@ -151,9 +151,9 @@ def kernels() -> dict[str, float]:
     weight, update = (torch.randn(2816, 1024, generator=generator) for _ in range(2))
     square = update[:1024].contiguous()
     work = {
-        "projection": (pricing._projection(weight.shape), lambda: project_and_add(weight, update, 0.5, 0.0)),
-        "exact": (pricing._exact_svd(weight.shape, 16), lambda: exact_svd(weight, 16)),
-        "fast": (pricing._fast_svd(weight.shape, 16), lambda: fast_svd(weight, 16, seed=0)),
+        "projection": (pricing.projection_flops(weight.shape), lambda: project_and_add(weight, update, 0.5, 0.0)),
+        "exact": (pricing.exact_svd_flops(weight.shape, 16), lambda: exact_svd(weight, 16)),
+        "fast": (pricing.fast_svd_flops(weight.shape, 16), lambda: fast_svd(weight, 16, seed=0)),
         "product": (2.0 * 1024**3, lambda: square @ square),
     }
     rates = {}

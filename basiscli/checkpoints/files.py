@@ -12,6 +12,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+REPORT = "basis_report.json"
+"""What basis says of its own output, in that folder; a folder without it was not written by basis."""
 ADAPTER, RESIDUAL = "adapter", "residual"
 """The two models in a folder that `basis init` made."""
 _MOST_JSON = 200_000_000  # an index of a million tensors; more would only fill the memory

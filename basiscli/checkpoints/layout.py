@@ -93,6 +93,10 @@ class Layout:
         """All tensors by name."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
+    def locations(self) -> dict[str, tuple[str, int]]:
+        """Return each tensor's file and its offset there in bytes, by the tensor's name."""
+        return {t.name: (shard.file, shard.header[1][t.name]) for shard in self.shards for t in shard.tensors}
+
     def indexes(self) -> dict[str, dict[str, Any]]:
         """Return the content of each folder's index file, by its path; a folder of one file has none."""
         found = {}

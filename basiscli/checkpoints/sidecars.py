@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.dtypes import DTYPES
-from basiscli.checkpoints.files import leads_out
+from basiscli.checkpoints.files import REPORT, leads_out
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".bpe", ".vocab"}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from basiscli.checkpoints.adapter import AdapterView
+    from basiscli.checkpoints.adapter_view import AdapterView
 
 PIECE_ELEMENTS = 1 << 22  # 8 MB of bfloat16: pinned memory is scarce, and a copy of that size is as fast as any
 

@@ -10,7 +10,6 @@ from basiscli.cli.output import Output
 from basiscli.errors import BasisError
 
 if TYPE_CHECKING:
-    from basiscli.commands.push.api import PushResult
     from basiscli.transforms import Method
 
 
@@ -37,7 +36,7 @@ class GatesAndPush:
         self._gates = [parse_gate(text) for text in fail_if or []]
         self._target, self._private, self._create_pr = push_to, private, create_pr
         if push_to is not None:
-            from basiscli.commands.push.api import parse_target
+            from basiscli.hub.client import parse_target
 
             parse_target(push_to, create_pr=create_pr)
         elif private or create_pr:
@@ -54,8 +53,7 @@ class GatesAndPush:
         for gate in self._gates if known is not None else []:
             gate.check_names(known or ())
         if self._target is not None:
-            from basiscli.commands.push.api import parse_target
-            from basiscli.hub.client import check_login
+            from basiscli.hub.client import check_login, parse_target
 
             check_login(parse_target(self._target)[0])
 
@@ -93,13 +91,13 @@ class GatesAndPush:
             self._out.line(shown["push"]["url"])
 
     def _push(self, shown: dict[str, Any], path: Path) -> None:
-        from basiscli.commands.push.api import push
+        from basiscli.cli.command import find_command
 
         assert self._target is not None
+        push = find_command("push")
+        options = push.model.of(folder=str(path), target=self._target, private=self._private, create_pr=self._create_pr)
         try:
-            pushed = push(
-                path, self._target, private=self._private, create_pr=self._create_pr, progress=self._out.progress()
-            )
+            pushed = push.do(options, self._out.progress())
         except BasisError as error:
             error.remedy = f"{error.remedy}; the output is complete: basis push {path} {self._target}"
             raise
@@ -107,8 +105,8 @@ class GatesAndPush:
         shown["push"] = pushed.as_dict()
 
 
-def note_push(out: Output, pushed: PushResult) -> None:
-    """Say what a push left out and took away."""
+def note_push(out: Output, pushed: Any) -> None:
+    """Say what a push (a `PushResult`) left out and took away."""
     if pushed.left_out:
         out.note(f"not pushed: {', '.join(pushed.left_out)}")
     if pushed.removed:

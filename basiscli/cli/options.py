@@ -1,184 +1,200 @@
-"""Options that several commands share, and `--config`."""
+"""Options that several commands share, each written once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-import typer
+from pydantic import AliasChoices, Field
 
-from basiscli.cli.output import ProgressStyle
-from basiscli.errors import UsageError
+from basiscli.cli.completion import dtypes
+from basiscli.cli.fields import Options, option
 
 _EXECUTION = "How it runs"
 _AFTER = "What follows"
 
 
-def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+class Device(Options):
+    """Where it computes."""
+
+    device: Annotated[str, option("auto, cpu, cuda or cuda:N.", panel=_EXECUTION, machine=True)] = "auto"
+
+
+class Storage(Options):
+    """In what the result is stored."""
+
+    dtype: Annotated[
+        str | None,
+        option("Storage dtype of the result: f32, bf16, f16.", default="as stored", complete=dtypes),
+    ] = None
+
+
+class Plugins(Options):
+    """Methods that are not installed."""
+
+    plugins: Annotated[
+        list[Path],
+        option("Python file with further methods; repeatable.", "--plugin", metavar="FILE", repeat=True, contents=True),
+        Field(validation_alias=AliasChoices("plugins", "plugin")),
+    ] = []  # noqa: RUF012  # pydantic copies it
+
+
+class ShardSize(Options):
+    """How large the result's files are."""
+
+    shard_size: Annotated[str, option("Size limit of a file.", panel=_EXECUTION, machine=True)] = "5GB"
+
+
+class Workers(Options):
+    """What works on tensors, and where."""
+
+    workers: Annotated[
+        int | None,
+        option("Tensors worked on at a time.", default="processors", panel=_EXECUTION, same_bytes=True),
+    ] = None
+    engine: Annotated[
+        str, option("local, or ray: a cluster that shares this machine's files.", panel=_EXECUTION, machine=True)
+    ] = "local"
+    ray_address: Annotated[
+        str | None,
+        option("The cluster; auto finds it.", metavar="HOST:PORT", default="one started here", panel=_EXECUTION),
+    ] = None
+
+    def on_a_worker(self) -> Self:
+        """Return the options with which a cluster's worker makes the same plan.
+
+        It finds the output's place taken by the run it belongs to, and works on one tensor at a time.
+        """
+        return self.but(engine="local", ray_address=None, overwrite=True, workers=1)
+
+
+class Memory(Options):
+    """How much may be worked on at a time."""
+
+    memory: Annotated[
+        str,
+        option(
+            "What tensors worked on side by side may take on a CPU; one alone may take more.",
+            panel=_EXECUTION,
+            same_bytes=True,
+            machine=True,
+        ),
+    ] = "1GB"
+
+
+class Seed(Options):
+    """What random numbers begin with."""
+
+    seed: Annotated[int, option("For methods that draw random numbers.", panel=_EXECUTION)] = 0
+
+
+class Resume(Options):
+    """What becomes of an interrupted run."""
+
+    resume: Annotated[
+        bool,
+        option(
+            "Go on where an interrupted run stopped.", "--resume/--no-resume", panel=_EXECUTION, not_in_recipes=True
+        ),
+    ] = True
+
+
+class Overwrite(Options):
+    """What becomes of an earlier output."""
+
+    overwrite: Annotated[bool, option("Replace an earlier output of basis.", panel=_EXECUTION, not_in_recipes=True)] = (
+        False
+    )
+
+
+class HeadersOnly(Options):
+    """For plans that are priced and not carried out."""
+
+    headers_only: Annotated[
+        bool,
+        option(
+            "For plans: of models of the Hub that are not here fetch headers alone, and accept safetensors files that "
+            "end where their data would begin.",
+            python_only=True,
+            not_in_recipes=True,
+        ),
+    ] = False
+
+
+class AllowNonfinite(Options):
+    """Whether broken numbers pass."""
+
+    allow_nonfinite: Annotated[bool, option("Accept NaN and Inf.")] = False
+
+
+class AllowMissing(Options):
+    """Whether models may have different parameters."""
+
+    allow_missing: Annotated[bool, option("Accept parameters that only some models have: the base's names win.")] = (
+        False
+    )
+
+
+class TrustRemoteCode(Options):
+    """What becomes of code beside a model."""
+
+    trust_remote_code: Annotated[bool, option("Copy *.py files beside the result. Nothing runs them.")] = False
+
+
+class Terminal(Options):
+    """What a command at the terminal is told beside its own options; `Command.terminal` says which of them it has."""
+
+    dry_run: Annotated[bool, option("Print the plan and stop.", panel=_EXECUTION)] = False
+    fail_if: Annotated[
+        list[str],
+        option(
+            "Exit code 4, and no push, if this is true of the report's numbers: 'kl > 0.1'; repeatable.",
+            metavar="CONDITION",
+            repeat=True,
+            panel=_AFTER,
+        ),
+    ] = []  # noqa: RUF012
+    push_to: Annotated[str | None, option("Push the result to the Hub.", metavar="ORG/NAME[@BRANCH]", panel=_AFTER)] = (
+        None
+    )
+    private: Annotated[bool, option("Make the model private on the Hub.", panel=_AFTER)] = False
+    create_pr: Annotated[bool, option("Open a pull request instead of committing.", panel=_AFTER)] = False
+    save_recipe: Annotated[
+        Path | None, option("Write this command as a recipe for `basis run`.", metavar="FILE", panel=_AFTER)
+    ] = None
+    progress: Annotated[
+        str, option("Bars on a terminal, or json: one JSON object a line on stderr.", metavar="bar|json")
+    ] = "bar"
+    as_json: Annotated[bool, option("Print one JSON document on stdout.", "--json")] = False
+    quiet: Annotated[bool, option("Print the result only.", "-q")] = False
+    config: Annotated[Path | None, option("YAML or JSON file with defaults for these options.", metavar="FILE")] = None
+
+
+def defaults_of(context: Any, file: Path | None) -> Path | None:
     """Take defaults for a command's options from a YAML or JSON file, before the other options are read."""
     if file is None:
         return None
+    import typer
     import yaml
 
     try:
         table = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"{file}: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+    if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
         raise typer.BadParameter(f"{file}: not a table of options")
-    options: dict[str, Any] = {name.replace("-", "_"): value for name, value in table.items()}
-    for name in options:
-        if name not in known:
-            raise typer.BadParameter(f"{file}: no option '{name}' of this command")
+    names = {parameter.name: parameter.name for parameter in context.command.params}
+    names |= {
+        flag.lstrip("-").replace("-", "_"): parameter.name
+        for parameter in context.command.params
+        for flag in parameter.opts
+    }
+    options: dict[str, Any] = {}
+    for word, value in table.items():
+        name = names.get(word.replace("-", "_"))
+        if name is None:
+            raise typer.BadParameter(f"{file}: no option '{word}' of this command")
+        options[name] = value
     context.default_map = {**(context.default_map or {}), **options}
     return file
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
-Progress = Annotated[
-    ProgressStyle,
-    typer.Option("--progress", help="Bars on a terminal, or json: one JSON object a line on stderr."),
-]
-FailIf = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--fail-if",
-        metavar="CONDITION",
-        help="Exit code 4, and no push, if this is true of the report's numbers: 'kl > 0.1'; repeatable.",
-        rich_help_panel=_AFTER,
-    ),
-]
-PushTo = Annotated[
-    str | None,
-    typer.Option(
-        "--push-to",
-        metavar="ORG/NAME[@BRANCH]",
-        help="Push the result to the Hub.",
-        show_default=False,
-        rich_help_panel=_AFTER,
-    ),
-]
-Private = Annotated[bool, typer.Option("--private", help="Make the model private on the Hub.", rich_help_panel=_AFTER)]
-CreatePr = Annotated[
-    bool, typer.Option("--create-pr", help="Open a pull request instead of committing.", rich_help_panel=_AFTER)
-]
-SaveRecipe = Annotated[
-    Path | None,
-    typer.Option(
-        "--save-recipe",
-        metavar="FILE",
-        help="Write this command as a recipe for `basis run`.",
-        show_default=False,
-        rich_help_panel=_AFTER,
-    ),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        callback=_read_config,
-        is_eager=True,
-        help="YAML or JSON file with defaults for these options.",
-    ),
-]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="Python file with further methods; repeatable.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_EXECUTION)]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Storage dtype of the result: f32, bf16, f16. [default: as stored]", show_default=False),
-]
-ShardSize = Annotated[str, typer.Option(help="Size limit of a file.", rich_help_panel=_EXECUTION)]
-Memory = Annotated[
-    str,
-    typer.Option(
-        help="What tensors worked on side by side may take on a CPU; one alone may take more.",
-        rich_help_panel=_EXECUTION,
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Tensors worked on at a time. [default: processors]",
-        show_default=False,
-        rich_help_panel=_EXECUTION,
-    ),
-]
-Engine = Annotated[
-    str,
-    typer.Option(help="local, or ray: a cluster that shares this machine's files.", rich_help_panel=_EXECUTION),
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="The cluster; auto finds it. [default: one started here]",
-        show_default=False,
-        rich_help_panel=_EXECUTION,
-    ),
-]
-Seed = Annotated[int, typer.Option(help="For methods that draw random numbers.", rich_help_panel=_EXECUTION)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_EXECUTION)]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume/--no-resume", help="Go on where an interrupted run stopped.", rich_help_panel=_EXECUTION),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier output of basis.", rich_help_panel=_EXECUTION)
-]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf.")]
-AllowMissing = Annotated[
-    bool,
-    typer.Option("--allow-missing", help="Accept parameters that only some models have: the base's names win."),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Copy *.py files beside the result. Nothing runs them.")
-]
-
-
-def parse_parameters(pairs: list[str]) -> dict[str, Any]:
-    """Turn `name=value` words into parameters; values are read as JSON where they are JSON."""
-    import json
-
-    parameters: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(f"not a parameter: '{pair}'", remedy="write -p name=value")
-        try:
-            parameters[name] = json.loads(value)
-        except ValueError:
-            parameters[name] = value
-    return parameters
-
-
-def parse_weights(text: str | None) -> list[float] | None:
-    """Turn '1,0.5,2' into numbers."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"not a list of numbers: '{text}'", remedy="write --weights 1,0.5,2") from error
-
-
-def one_of(option: str, word: str, known: tuple[str, ...]) -> str:
-    """Return a word that an option takes.
-
-    Raises:
-        UsageError: any other word.
-    """
-    if word not in known:
-        raise UsageError(f"{option} {word}", remedy=f"one of {', '.join(known)}")
-    return word
-
-
-def parse_integers(option: str, text: str | None) -> list[int]:
-    """Turn '512,2048' into numbers."""
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise UsageError(
-            f"{option}: not a list of whole numbers: '{text}'", remedy=f"write {option} 512,2048"
-        ) from error

@@ -2,66 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from basiscli.cli.fields import options_of
 from basiscli.errors import UsageError
 
-Made = TypeVar("Made")
-Call = ParamSpec("Call")
-_DEFAULTS = {"device": "auto", "engine": "local", "shard_size": "5GB", "memory": "1GB"}
+if TYPE_CHECKING:
+    from basiscli.cli.command import Command
+    from basiscli.cli.fields import Option, Options
 
 
-def saved(
-    file: Path | None,
-    command: str,
-    function: Callable[Call, Made],
-    *,
-    fail_if: Sequence[str] | None = None,
-    push_to: str | None = None,
-    method: str | None = None,
-) -> Callable[Call, Made]:
-    """Return a function that does the same and then, if a file is given, writes the call into it as a recipe.
-
-    Args:
-        file: where the recipe goes.
-        command: the command's name in a recipe.
-        function: the Python function that the command calls, or the one that plans its work: what it refuses
-            becomes no recipe.
-        fail_if: the command's gates.
-        push_to: where the result is pushed; a step of its own.
-        method: what a function of one method does not take.
+def refuse_existing(file: Path) -> None:
+    """Refuse to write a recipe over something.
 
     Raises:
         UsageError: the file exists.
     """
-    if file is None:
-        return function
     if file.exists():
         raise UsageError("the recipe exists", file=file, remedy="give --save-recipe another name")
 
-    def call(*given: Call.args, **options: Call.kwargs) -> Made:
-        made = function(*given, **options)
-        named = {"method": method} if method else {}
-        step = _step(command, given[0], named | options) | ({"fail_if": list(fail_if)} if fail_if else {})
-        steps = [step, *([{"push": command, "to": push_to}] if push_to else [])]
-        _write(file, steps)
-        return made
 
-    return call
+def save(
+    file: Path, command: Command, options: Options, *, fail_if: Sequence[str] = (), push_to: str | None = None
+) -> None:
+    """Write a command and its options into a file as a recipe.
+
+    Args:
+        file: where the recipe goes.
+        command: what was done.
+        options: its options.
+        fail_if: the command's gates.
+        push_to: where the result is pushed; a step of its own.
+
+    Raises:
+        UsageError: the file exists, or cannot be written.
+    """
+    import yaml
+
+    refuse_existing(file)
+    step = as_step(command, options) | ({"fail_if": list(fail_if)} if fail_if else {})
+    steps = [step, *([{"push": command.name, "to": push_to}] if push_to else [])]
+    text = yaml.safe_dump({"steps": steps}, sort_keys=False, allow_unicode=True)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the recipe: {error.strerror or error}", file=file) from error
 
 
-def _step(command: str, given: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    from basiscli.commands.run.steps import schema_of
+def as_step(command: Command, options: Options) -> dict[str, Any]:
+    """Return the step of a recipe that does the same."""
+    given, step = None, dict[str, Any]()
+    for name, meaning in options_of(type(options)).items():
+        value = getattr(options, name)
+        if meaning.argument and given is None:
+            given = value
+        elif name != "output" and not meaning.not_in_recipes and not _goes_without_saying(options, name, meaning):
+            step[meaning.recipe or name] = _plain(value)
+    return {command.name: _plain(given)} | step
 
-    fields = schema_of(command, options.get("method")).model_fields
-    said = {name: _plain(value) for name, value in options.items() if name in fields}
-    return {command: _plain(given)} | {name: value for name, value in said.items() if not _is_default(name, value)}
 
-
-def _is_default(name: str, value: Any) -> bool:
-    return value is None or value is False or value in ({}, []) or _DEFAULTS.get(name) == value
+def _goes_without_saying(options: Options, name: str, meaning: Option) -> bool:
+    """Return whether a recipe says the same without it, in later versions with other defaults as well."""
+    value = getattr(options, name)
+    by_default = meaning.machine and value == type(options).model_fields[name].default
+    return value is None or value is False or value in ({}, []) or by_default
 
 
 def _plain(value: Any) -> Any:
@@ -70,13 +76,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _write(file: Path, steps: list[dict[str, Any]]) -> None:
-    import yaml
-
-    text = yaml.safe_dump({"steps": steps}, sort_keys=False, allow_unicode=True)
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write the recipe: {error.strerror or error}", file=file) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,13 +19,12 @@ if TYPE_CHECKING:
     from basiscli.engine.settings import Settings
 
 
-def cluster_of(options: Mapping[str, Any], planner: Callable[..., Any], *given: Any) -> Cluster | None:
+def cluster_of(options: Mapping[str, Any], plan: Callable[[], Plan]) -> Cluster | None:
     """Return the cluster that options ask for, if they do.
 
     Args:
         options: of the command, by name.
-        planner: the function of the Python API that plans it; returns a `Plan`.
-        given: what `planner` takes before the options.
+        plan: makes the command's plan again, on another machine; can be pickled.
 
     Raises:
         UsageError: no such engine, Ray is not installed, an address without it.
@@ -40,9 +38,7 @@ def cluster_of(options: Mapping[str, Any], planner: Callable[..., Any], *given: 
         return None
     if find_spec("ray") is None:
         raise UsageError("--engine ray needs Ray, which is not installed", remedy="pip install 'basiscli[ray]'")
-    # A worker finds the place taken by the run it belongs to, and works on one tensor at a time.
-    there = {**options, "engine": "local", "ray_address": None, "overwrite": True, "workers": 1}
-    return Cluster(address, workers, partial(planner, *given, **there))
+    return Cluster(address, workers, plan)
 
 
 def device_of(settings: Settings) -> torch.device:

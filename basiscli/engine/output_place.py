@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from basiscli.checkpoints.files import REPORT
+from basiscli.checkpoints.shards import JOURNAL, partial_folder, replaced_folder
 from basiscli.checkpoints.source import Source
-from basiscli.checkpoints.writer import JOURNAL, REPORT, partial_folder, replaced_folder
 from basiscli.errors import ResourceError, UsageError
 
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.writer import PartialOutput
+from basiscli.engine.pricing import Price
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.errors import InputError
 from basiscli.progress import Progress
 from basiscli.version import __version__
@@ -34,6 +36,9 @@ class Plan(Protocol):
     @property
     def notes(self) -> list[str]:
         """What the report says besides; a run may add to it."""
+
+    def price(self, rates: Rates = MEASURED) -> Price | None:
+        """Return what it would take at these rates; None where nobody can tell before the work."""
 
     def close(self) -> None:
         """Close the inputs."""

@@ -23,7 +23,7 @@ import ray
 import torch
 from ray import ObjectRef, exceptions
 
-from basiscli.checkpoints.writer import Shards
+from basiscli.checkpoints.shards import Shards
 from basiscli.engine.batches import do_task
 from basiscli.engine.partial import Plan
 from basiscli.engine.settings import Cluster, default_workers

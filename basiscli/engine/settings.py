@@ -1,12 +1,11 @@
-"""What the commands that write models take by name, and the settings of a run that are made of it."""
+"""How a run is done: its settings, as plain data, made of what a command was told."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.errors import UsageError
@@ -58,25 +57,10 @@ class Settings:
     cluster: Cluster | None = None
     """Where the tasks are done, if not in threads of this machine."""
 
-
-class EngineOptions(TypedDict, total=False):
-    """What commands take by name that can run on a cluster."""
-
-    engine: EngineName
-    ray_address: str | None
-
-
-class OutputOptions(EngineOptions, total=False):
-    """Where a model is written, and by what means; `merge` documents each."""
-
-    output: str | Path | None
-    device: str
-    dtype: str | None
-    shard_size: str
-    workers: int | None
-    seed: int
-    resume: bool
-    overwrite: bool
+    @property
+    def shared_memory(self) -> int | None:
+        """Bytes that all tasks take together, at most; None on a cluster, whose machines have each their own."""
+        return None if self.cluster is not None else self.memory
 
 
 def run_settings(options: Mapping[str, Any], cluster: Cluster | None = None) -> Settings:

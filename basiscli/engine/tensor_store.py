@@ -13,9 +13,10 @@ from torch import Tensor
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.dtypes import dtype_name
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.scratch import write_file
+from basiscli.checkpoints.shards import Shards
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import Shards, write_file
 from basiscli.engine.tasks import Engine
 from basiscli.engine.threads import Threads
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.digests import file_digest
+from basiscli.checkpoints.source import is_hub_id
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.errors import DamagedDownload, explained, retried
 from basiscli.progress import Progress
@@ -255,3 +256,20 @@ def _commit(
         return attempt() if create_pr else retried(attempt)
     finally:
         progress.stop()
+
+
+def parse_target(target: str, revision: str | None = None, *, create_pr: bool = False) -> tuple[str, str]:
+    """Return the Hub id and the branch of `org/name` or `org/name@branch`.
+
+    Raises:
+        UsageError: it is neither, there are two branches, or a pull request against another branch than main.
+    """
+    repo_id, at, named = target.partition("@")
+    if not is_hub_id(target):
+        raise UsageError(f"not a Hub id: '{target}'", remedy="write org/name or org/name@branch")
+    if at and revision is not None:
+        raise UsageError(f"two revisions: {named} and {revision}", remedy="give one")
+    branch = (named if at else revision) or "main"
+    if create_pr and branch != "main":
+        raise UsageError("the Hub opens pull requests against main", remedy="leave out the branch, or --create-pr")
+    return repo_id, branch

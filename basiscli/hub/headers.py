@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from basiscli.checkpoints.cache import cache_folder, made_once
-from basiscli.checkpoints.files import ADAPTER_CONFIG, INDEX_FILE
+from basiscli.checkpoints.files import ADAPTER_CONFIG, INDEX_FILE, REPORT
 from basiscli.checkpoints.header import MAX_HEADER_BYTES, header_end, read_header
 from basiscli.checkpoints.kv_file import CONFIG_FILE
-from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import HubError, InputError
 from basiscli.hub.client import BESIDE_WEIGHTS, fetch, in_cache, named, no_weights, pull, weights_among
 from basiscli.hub.errors import explained, retried

@@ -13,30 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from basiscli.calibration.tokens import Windows
-from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import give_back_memory, keep_small_blocks, ran_out_of_memory
+from basiscli.engine.devices import keep_small_blocks, ran_out_of_memory
 from basiscli.errors import InputError
-from basiscli.model.architecture import loaded_names
 from basiscli.model.layer_inputs import Collector, Enough, Inputs
+from basiscli.model.lazy_model import LazyWeights, empty_model
 
 _BATCH_TOKENS = 1024  # of the windows that pass a layer together
-_META = torch.device("meta")
-_GAMMA, _BETA = re.compile(r"(?<=LayerNorm\.)gamma$"), re.compile(r"(?<=LayerNorm\.)beta$")
-
 
 LayerArguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
-"""What every layer is called with besides the hidden states."""
+"""The positional and keyword arguments of every layer besides the hidden states."""
+Call = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+"""Called with a layer's index, hidden states and other arguments; returns hidden states."""
 
 
 @dataclass
 class LayerwiseModel:
-    """A model on the meta device whose modules read their weights when they are first called.
+    """A transformer through which calibration text passes layer by layer, with one layer's weights in memory.
 
-    The calibration text passes it one layer at a time, in batches of windows: `enter` once, then `through` for every
-    layer and batch, then `leave`. Several threads may do so side by side, all in the same layer. The arguments of every
-    layer (masks, rotary angles) are what the model's own forward hands to it, recorded with layers that pass on what
-    they get: so no architecture's forward is written again here.
+        model = LayerwiseModel(checkpoint, ["model.layers.0.mlp.up_proj", …], windows, device, torch.float32)
+        states = [hidden for hidden, inputs in model.forward_to_layers()]  # one a batch
+        for layer in range(len(model.layers)):
+            for batch, hidden in enumerate(states):
+                states[batch], inputs = model.forward_layer(layer, batch, hidden)
+
+    Several threads may do so side by side, all in the same layer. The arguments of every layer (masks, rotary angles)
+    are what the model's own forward hands to it, recorded with layers that pass on what they get: so no architecture's
+    forward is written again here.
     """
 
     checkpoint: Checkpoint
@@ -47,46 +50,38 @@ class LayerwiseModel:
     dtype: torch.dtype
     model: Any = field(init=False)
     batches: list[Windows] = field(init=False)
+    """The calibration text, in batches that pass a layer together."""
     path: str = field(init=False)
     """Name of the list of layers."""
     layers: nn.ModuleList = field(init=False)
-    _stored: dict[str, str] = field(init=False)
+    _weights: LazyWeights = field(init=False)
     _arguments: list[LayerArguments] = field(default_factory=list)
-    """Of every batch, once the text has entered."""
+    """By batch, once `forward_to_layers` has passed."""
     _entered: bool = False
     """Whether a forward has passed all layers and the rest of it is not wanted."""
     _held: int | None = None
     """The layer whose weights are in memory."""
     _lock: Any = field(default_factory=threading.RLock)
-    """For what threads share: the weights, and the list of layers."""
+    """For what threads share: which layer's weights are held, and the list of layers."""
     _here: threading.local = field(default_factory=threading.local)
     """Holds this thread's collector."""
 
     def __post_init__(self) -> None:
         keep_small_blocks()
         self.model = empty_model(self.checkpoint, self.dtype)
-        names = loaded_names(self.checkpoint, self.checkpoint.tensors)
-        self._stored = {_modern(loaded): stored for stored, loaded in names.items()}
-        for parameters in _same_parameters(self.model):  # tied weights are stored under one of their names
-            stored = next((self._stored[name] for name in parameters if name in self._stored), None)
-            self._stored |= dict.fromkeys(parameters, stored) if stored else {}
-        for name, module in self.model.named_modules():
-            for leaf, buffer in module.named_buffers(recurse=False):
-                stored = self._stored.get(f"{name}.{leaf}")
-                value = buffer if stored is None else self.checkpoint.read(stored).to(buffer.dtype)
-                setattr(module, leaf, value.to(self.device))
-            module.register_forward_pre_hook(lambda module, args, name=name: self.load(module, name))
+        for module in self.model.modules():
+            module.register_forward_pre_hook(self._end_after_layers)
+        self._weights = LazyWeights(self.model, self.checkpoint, self.device, self.dtype)
         self.path, self.layers = self._layers()
         for name in self.targets:
             self.model.get_submodule(name).register_forward_pre_hook(self._hook(name))
         count = max(1, _BATCH_TOKENS // self.windows.ids.shape[1])
-        places = torch.arange(len(self.windows)).split(count)
-        self.batches = [self.windows.select(part.tolist()) for part in places]
+        self.batches = [self.windows.select(part.tolist()) for part in torch.arange(len(self.windows)).split(count)]
 
     # The passes -------------------------------------------------------------------------------------------------------
 
     def forward_to_layers(self) -> Iterator[tuple[Tensor, Inputs]]:
-        """Run what comes before the layers; yield each batch's hidden states, and the inputs of targets there.
+        """Yield each batch's hidden states before the first layer [windows, tokens, d], and inputs of targets there.
 
         Raises:
             InputError: a model that cannot be run so, or weights that are missing.
@@ -99,44 +94,42 @@ class LayerwiseModel:
             yield hidden, collector.inputs
         self.release()  # embeddings, most of all
 
-    def forward_layer(self, place: int, number: int, hidden: Tensor) -> tuple[Tensor, Inputs]:
-        """Run a batch through a layer; return its hidden states behind it, and the inputs of targets in it."""
-        args, kwargs = self._arguments_of(number)[place]
+    def forward_layer(self, layer: int, batch: int, hidden: Tensor) -> tuple[Tensor, Inputs]:
+        """Return a layer's output [windows, tokens, d] for a batch's hidden states, and the inputs of targets in it."""
+        args, kwargs = self._arguments_of(batch)[layer]
         with self._lock:
-            if self._held != place:
+            if self._held != layer:
                 self.release()
-                self._held = place
-        with self._collecting(self.batches[number]) as collector, self._running():
-            out = self.layers[place](hidden, *args, **kwargs)
+                self._held = layer
+        with self._collecting(self.batches[batch]) as collector, self._running():
+            out = self.layers[layer](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out, collector.inputs
 
-    def forward_head(self, number: int, hidden: Tensor, wanted: Sequence[str]) -> Inputs:
-        """Run what comes after the layers until these targets have been called; return their inputs."""
+    def forward_head(self, batch: int, hidden: Tensor, wanted: Sequence[str]) -> Inputs:
+        """Return the inputs of targets after the last layer, whose output for this batch is `hidden`.
 
-        def replay(place: int, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        The forward ends when all that are wanted have been called.
+        """
+
+        def replay(layer: int, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             return hidden
 
-        batch = self.batches[number]
-        with self._lock, self._collecting(batch, wanted) as collector:
-            self._forward([_Stage(layer, place, replay) for place, layer in enumerate(self.layers)], batch)
+        with self._lock, self._collecting(self.batches[batch], wanted) as collector:
+            self._forward(replay, self.batches[batch])
         return collector.inputs
 
     def release(self) -> None:
-        """Forget all weights."""
-        for module in self.model.modules():
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.device != _META:
-                    setattr(module, leaf, nn.Parameter(parameter.to(_META), requires_grad=False))
+        """Free the memory of all weights."""
+        self._weights.release()
         self._held = None
-        give_back_memory()
 
-    def _record(self, batch: Windows) -> tuple[Tensor, LayerArguments]:
+    def _record(self, windows: Windows) -> tuple[Tensor, LayerArguments]:
         """Return the hidden states before the first layer, and each layer's other arguments."""
         recorded: LayerArguments = []
         seen: list[Tensor] = []
 
-        def record(place: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            if place != len(recorded) or (seen and hidden is not seen[-1]):
+        def record(layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            if layer != len(recorded) or (seen and hidden is not seen[-1]):
                 raise InputError(
                     "the model does more between its layers than to pass hidden states on",
                     file=self.checkpoint.source.folder / "config.json",
@@ -144,10 +137,10 @@ class LayerwiseModel:
                 )
             recorded.append((args, kwargs))
             seen.append(hidden)
-            self._entered = place == len(self.layers) - 1
+            self._entered = layer == len(self.layers) - 1
             return hidden
 
-        self._forward([_Stage(layer, place, record) for place, layer in enumerate(self.layers)], batch)
+        self._forward(record, windows)
         self._entered = False
         if len(recorded) < len(self.layers):
             raise InputError(
@@ -157,25 +150,30 @@ class LayerwiseModel:
             )
         return seen[0], recorded
 
-    def _arguments_of(self, number: int) -> LayerArguments:
+    def _arguments_of(self, batch: int) -> LayerArguments:
         with self._lock:
-            if not self._arguments:  # on a cluster the text entered the model of another process
+            if not self._arguments:  # on a cluster another process ran the text up to the layers
                 for _ in self.forward_to_layers():
                     pass
-        return self._arguments[number]
+        return self._arguments[batch]
 
-    def _forward(self, stages: Sequence[nn.Module], batch: Windows) -> None:
-        whole = list(self.layers)
+    def _forward(self, call: Call, windows: Windows) -> None:
+        """Run the model's own forward with a function in every layer's stead."""
+        layers = list(self.layers)
         try:
-            for place, stage in enumerate(stages):
-                self.layers[place] = stage
+            for index, layer in enumerate(layers):
+                self.layers[index] = _StandIn(layer, index, call)
             with self._running():
-                self.model(**{name: x.to(self.device) for name, x in batch.inputs.items()}, use_cache=False)
+                self.model(**{name: x.to(self.device) for name, x in windows.inputs.items()}, use_cache=False)
         except Enough:
             pass
         finally:
-            for place, layer in enumerate(whole):
-                self.layers[place] = layer
+            for index, layer in enumerate(layers):
+                self.layers[index] = layer
+
+    def _end_after_layers(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._entered and any(True for _ in module.parameters(recurse=False)):
+            raise Enough  # the first module after the layers
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -203,8 +201,8 @@ class LayerwiseModel:
     # What targets are called with -------------------------------------------------------------------------------------
 
     @contextmanager
-    def _collecting(self, batch: Windows, awaited: Sequence[str] = ()) -> Iterator[Collector]:
-        counted = None if batch.counted is None else batch.counted.to(self.device)
+    def _collecting(self, windows: Windows, awaited: Sequence[str] = ()) -> Iterator[Collector]:
+        counted = None if windows.counted is None else windows.counted.to(self.device)
         collector = self._here.collector = Collector(counted, set(awaited))
         try:
             yield collector
@@ -222,7 +220,7 @@ class LayerwiseModel:
     # The model --------------------------------------------------------------------------------------------------------
 
     def _layers(self) -> tuple[str, nn.ModuleList]:
-        """Return the one list of layers that holds targets, and its name."""
+        """Return the name of the one list of layers that holds targets, and the list."""
         lists = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)}
         outermost = {
             name: module
@@ -256,76 +254,18 @@ class LayerwiseModel:
             )
         return holding[0], outermost[holding[0]]
 
-    def load(self, module: nn.Module, name: str) -> None:
-        """Give a module its own weights, on the device and in the working dtype, if it does not have them."""
-        if self._entered and any(True for _ in module.parameters(recurse=False)):
-            raise Enough  # the first module after the layers
-        with self._lock:
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.device != _META:
-                    continue
-                full = f"{name}.{leaf}" if name else leaf
-                stored = self._stored.get(full)
-                if stored is None or self.checkpoint.tensors[stored].shape != tuple(parameter.shape):
-                    raise InputError(
-                        f"the model's parameter {full} {list(parameter.shape)} is not in the checkpoint as it is",
-                        file=self.checkpoint.source.folder,
-                        tensor=stored or full,
-                        remedy="a method that needs no calibration, such as --method pissa",
-                    )
-                value = read_to(self.device, self.checkpoint, stored).to(self.dtype)
-                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
+class _StandIn(nn.Module):
+    """Has a layer's attributes, and calls a function with the layer's index and arguments in place of its forward."""
 
-class _Stage(nn.Module):
-    """Stands for a layer, answers for it, and calls a function with what the layer would get."""
-
-    def __init__(self, layer: nn.Module, place: int, call: Callable[..., Tensor]) -> None:
+    def __init__(self, layer: nn.Module, index: int, call: Call) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self._place, self._call = place, call
+        self._index, self._call = index, call
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call."""
-        return self._call(self._place, hidden_states, args, kwargs)
+        """Return what the function returns."""
+        return self._call(self._index, hidden_states, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
-
-
-def _same_parameters(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [several for several in names.values() if len(several) > 1]
-
-
-def _modern(name: str) -> str:
-    """Return what transformers makes of the names of BERT's first checkpoints."""
-    return _GAMMA.sub("weight", _BETA.sub("bias", name))
-
-
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Return the config's own model with parameters on the meta device and computed buffers on the CPU.
-
-    Raises:
-        InputError: transformers does not know it.
-    """
-    import transformers
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
-    folder = checkpoint.source.folder
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = getattr(transformers, (config.architectures or [""])[0])
-        with init_empty_weights(include_buffers=False):
-            model = model_class._from_config(config, dtype=dtype)
-        model.tie_weights()
-    except Exception as error:  # whatever a config can make transformers raise
-        raise InputError(
-            f"transformers does not build the model: {str(error).splitlines()[0]}",
-            file=folder / "config.json",
-            remedy="give a model whose `architectures` transformers has",
-        ) from error
-    return model.eval().requires_grad_(False)

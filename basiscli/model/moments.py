@@ -1,4 +1,4 @@
-"""Moments of what linear layers get from calibration text, as tasks that any process can do.
+"""Moments of the inputs of linear layers over calibration text, as tasks that any process can do.
 
 For every layer there are two rounds of tasks. First each batch of windows passes the layer and leaves its hidden states
 and the inputs of the layer's targets. Then each block of each moment is summed over the batches in their order: so no
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from basiscli.calibration.tokens import Windows
+from basiscli.checkpoints.shards import Shards
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import Shards
 from basiscli.engine.devices import working_dtype
 from basiscli.engine.tasks import Engine, Task
 from basiscli.engine.tensor_store import TensorStore, get_windows, store_for
@@ -32,7 +32,7 @@ from basiscli.progress import PartOf, Progress
 
 
 class Calibrated(Protocol):
-    """What a plan says of the model that runs."""
+    """The part of a plan that says which model runs and which of its modules are wanted."""
 
     @property
     def model(self) -> Checkpoint:
@@ -45,7 +45,7 @@ class Calibrated(Protocol):
 
 @dataclass(frozen=True)
 class Modules:
-    """The same without a plan."""
+    """A `Calibrated` without a plan."""
 
     model: Checkpoint
     targets: Mapping[str, str]
@@ -55,7 +55,12 @@ class Modules:
 class MomentsRun:
     """One run of the calibration text through a model.
 
-    `moments` hands out the tasks `enter`, `through`, `leave` and `add`; on a cluster every worker has a run of its own.
+        for part in MomentsRun(plan, output, progress, device, engine).moments(windows):
+            for module, stored in part.items():
+                inputs = stored.load(device)  # InputMoments
+
+    `moments` hands out the tasks `embed`, `forward_layer`, `forward_head` and `add`; on a cluster every worker has a
+    run of its own.
     """
 
     plan: Calibrated
@@ -90,15 +95,15 @@ class MomentsRun:
         outside = [name for name in self.plan.targets.values() if not name.startswith(f"{text['path']}.")]
         late = [name for name in outside if name not in self._readers]
         yield from self._summed()
-        for place in range(layers):
+        for layer in range(layers):
             for wave in waves:
                 tasks = [
-                    Task(f"layer {place} of batch {n}", sizes[n], self._workspace(sizes[n]), (place, n, store))
+                    Task(f"layer {layer} of batch {n}", sizes[n], self._workspace(sizes[n]), (layer, n, store))
                     for n in wave
                 ]
-                self._sum(f"layer{place}", dict(zip(wave, self._do(tasks, self.forward_layer), strict=True)), store)
-                for number in wave:
-                    store.drop(_hidden(place, number))
+                self._sum(f"layer{layer}", dict(zip(wave, self._do(tasks, self.forward_layer), strict=True)), store)
+                for batch in wave:
+                    store.drop(_hidden(layer, batch))
             if self._model is not None:
                 self._model.release()
             yield from self._summed()
@@ -112,35 +117,35 @@ class MomentsRun:
     # Tasks ------------------------------------------------------------------------------------------------------------
 
     def embed(self, store: TensorStore) -> dict[str, Any]:
-        """Run all of the text through what comes before the layers; return what is known of it then."""
+        """Run all of the text up to the layers; return their count and path, and tokens and inputs of each batch."""
         model = self._layerwise(store)
         inputs = []
-        for number, (hidden, given) in enumerate(model.forward_to_layers()):
-            store.put(_hidden(0, number), {"hidden": hidden})
-            inputs.append(_kept(given, _inputs("before", number), store))
+        for batch, (hidden, given) in enumerate(model.forward_to_layers()):
+            store.put(_hidden(0, batch), {"hidden": hidden})
+            inputs.append(_kept(given, _inputs("before", batch), store))
         sizes = [batch.ids.numel() for batch in model.batches]
         return {"path": model.path, "layers": len(model.layers), "sizes": sizes, "inputs": inputs}
 
-    def forward_layer(self, place: int, number: int, store: TensorStore) -> dict[str, Any]:
-        """Run a batch through a layer."""
+    def forward_layer(self, layer: int, batch: int, store: TensorStore) -> dict[str, Any]:
+        """Run a batch through a layer, from its hidden states in the store; return who read inputs, and how many."""
         model = self._layerwise(store)
-        (hidden,) = store.get(_hidden(place, number)).values()
-        hidden, inputs = model.forward_layer(place, number, hidden.to(model.device))
+        (hidden,) = store.get(_hidden(layer, batch)).values()
+        hidden, inputs = model.forward_layer(layer, batch, hidden.to(model.device))
         if not is_finite(hidden):
             raise InputError(
-                f"layer {place} gives NaN or Inf on the calibration text",
+                f"layer {layer} gives NaN or Inf on the calibration text",
                 file=self.plan.model.source.folder,
                 remedy="check the model with `basis eval`, or give a sound checkpoint",
             )
-        store.put(_hidden(place + 1, number), {"hidden": hidden})
-        return _kept(inputs, _inputs(f"layer{place}", number), store)
+        store.put(_hidden(layer + 1, batch), {"hidden": hidden})
+        return _kept(inputs, _inputs(f"layer{layer}", batch), store)
 
-    def forward_head(self, layers: int, number: int, late: Sequence[str], store: TensorStore) -> dict[str, Any]:
-        """Run a batch through what comes after the layers, as far as these targets."""
+    def forward_head(self, layers: int, batch: int, late: Sequence[str], store: TensorStore) -> dict[str, Any]:
+        """Run a batch on from the last layer's output until the late targets were called; return as `forward_layer`."""
         model = self._layerwise(store)
-        (hidden,) = store.get(_hidden(layers, number)).values()
-        inputs = model.forward_head(number, hidden.to(model.device), late)
-        return _kept(inputs, _inputs("after", number), store)
+        (hidden,) = store.get(_hidden(layers, batch)).values()
+        inputs = model.forward_head(batch, hidden.to(model.device), late)
+        return _kept(inputs, _inputs("after", batch), store)
 
     def add(self, module: str, block: slice, keys: Sequence[str], is_begun: bool, store: TensorStore) -> dict[str, Any]:
         """Add a module's inputs of some batches to one block of their moments, which are about the first one's mean.
@@ -185,10 +190,10 @@ class MomentsRun:
         return [done[task.key] for task in tasks]
 
     def _sum(self, where: str, passed: Mapping[int, dict[str, Any]], store: TensorStore) -> None:
-        """Have what batches left of their inputs added to the moments."""
+        """Have the inputs that batches left in the store added to the moments."""
         keys: dict[str, list[str]] = {}
         counts: Counter[str] = Counter()
-        for number, left in passed.items():
+        for batch, left in passed.items():
             for module, first in left["readers"].items():
                 if self._readers.setdefault(module, first) != first:
                     raise InputError(
@@ -200,7 +205,7 @@ class MomentsRun:
                 self._stored.setdefault(module, StoredMoments(store, module, width, 0))
                 counts[module] += count
                 if count:
-                    keys.setdefault(module, []).append(_inputs(where, number))
+                    keys.setdefault(module, []).append(_inputs(where, batch))
         tasks = [
             Task(
                 f"{module}, moments from {block.start}", 0, 0 if self._is_local else block_bytes(block, stored.width),
@@ -213,8 +218,8 @@ class MomentsRun:
         self._do(tasks, self.add)
         for module, count in counts.items():
             self._stored[module] = replace(self._stored[module], count=self._stored[module].count + count)
-        for number in passed:
-            store.drop(_inputs(where, number))
+        for batch in passed:
+            store.drop(_inputs(where, batch))
 
     def _summed(self) -> Iterator[dict[str, StoredMoments]]:
         """Yield the moments that are complete, and forget them."""
@@ -239,19 +244,19 @@ class MomentsRun:
 
 
 def _kept(inputs: Inputs, key: str, store: TensorStore) -> dict[str, Any]:
-    """Keep inputs for the tasks that add them; return who read them, and how many there are."""
+    """Put inputs in the store for the tasks that add them; return which modules read them, and their shapes."""
     given = {module: rows for module, rows in inputs.rows.items() if len(rows)}
     means = {_mean(module): rows.mean(0, dtype=torch.float64).float() for module, rows in given.items()}
     store.put(key, given | means)
     return {"readers": inputs.readers, "rows": {module: list(rows.shape) for module, rows in inputs.rows.items()}}
 
 
-def _inputs(where: str, number: int) -> str:
-    return f"inputs-{where}-{number}"
+def _inputs(where: str, batch: int) -> str:
+    return f"inputs-{where}-{batch}"
 
 
-def _hidden(place: int, number: int) -> str:
-    return f"hidden-{place}-{number}"
+def _hidden(layer: int, batch: int) -> str:
+    return f"hidden-{layer}-{batch}"
 
 
 def _mean(module: str) -> str:

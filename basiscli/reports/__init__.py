@@ -1,1 +1,1 @@
-"""What a run leaves behind: the report and the model card."""
+"""What a run says about itself: its report, and the page, pictures and model card made of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A few numbers to be seen first: (label, value)."""
+    """A few numbers that are shown large: (label, value) of each."""
 
     tiles: tuple[tuple[str, str], ...]
 
@@ -37,31 +38,34 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the columns in `right` hold numbers, those in `code` names and digests."""
+    """Rows of text under named columns."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
     right: frozenset[int] = frozenset()
+    """Columns of numbers, by their place."""
     code: frozenset[int] = frozenset()
+    """Columns of names and digests."""
     folded: bool = False
     """Whether it is long and shown only when asked for."""
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One number for each place of a grid; None where there is none."""
+    """A grid of numbers that are shown as colours."""
 
     caption: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
+    """By row and column; None where there is no number."""
     measure: str
     """What the numbers are, beside the colours."""
     across: str = "layer"
     """What the columns are."""
     form: str = ".3g"
-    """How a number is written."""
+    """How a number is written, as `format` takes it."""
     scale: Literal["sequential", "diverging"] = "sequential"
     """From zero on, or to both sides of it."""
     left_out: int = 0
@@ -70,7 +74,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart."""
+    """One line of a chart: its name in the legend, and as many x as y."""
 
     name: str
     x: tuple[float, ...]
@@ -83,7 +87,9 @@ class Curves:
 
     caption: str
     across: str
+    """What the horizontal axis shows, with its unit."""
     up: str
+    """What the vertical axis shows, with its unit."""
     series: tuple[Series, ...]
     log: bool = False
     """Whether the vertical axis is logarithmic; only where all values are positive."""
@@ -95,21 +101,22 @@ Block = Text | Notes | Tiles | Code | Table | HeatMap | Curves
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report; `key` is the same in every report."""
+    """A part of a report under a heading."""
 
     key: str
+    """Its anchor in the page, the same in every report: `task-vectors`."""
     title: str
     blocks: tuple[Block, ...]
 
 
 def shown(figure: HeatMap, value: float) -> str:
-    """Return a number of a grid as it is written, zero without a sign."""
+    """Return a number of a heat map as it is written in its cell: by the map's `form`, zero without a sign."""
     text = f"{value:{figure.form}}"
     return text.lstrip("-") if float(text) == 0 else text
 
 
 def described(figure: Figure) -> str:
-    """Return in a sentence what a figure shows, for those who do not see it."""
+    """Return the alternative text of a figure: what is measured, and where its ends are."""
     if isinstance(figure, Curves):
         parts = [
             f"{one.name} from {one.y[0]:.4g} at {one.x[0]:.4g} to {one.y[-1]:.4g} at {one.x[-1]:.4g}"
@@ -125,12 +132,43 @@ def described(figure: Figure) -> str:
 
 
 def cells_of(figure: HeatMap) -> list[tuple[float, int, int]]:
-    """Return (value, row, column) of every place that has a number."""
+    """Return (value, row, column) of every cell of a heat map that has a number."""
     return [(value, y, x) for y, line in enumerate(figure.values) for x, value in enumerate(line) if value is not None]
 
 
+def table_of(
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: set[int] | None = None,
+    code: set[int] | None = None,
+    folded: bool = False,
+) -> Table:
+    """Return a table without the columns that are empty in every row.
+
+    Args:
+        caption: what the rows are.
+        columns: names, all of them.
+        rows: as many cells each as there are columns.
+        right: places in `columns` of numbers.
+        code: places in `columns` of names and digests.
+        folded: whether it is long and shown only when asked for.
+    """
+    kept = [n for n in range(len(columns)) if n == 0 or any(row[n] for row in rows)]
+    numbers, names = (frozenset(kept.index(n) for n in which or () if n in kept) for which in (right, code))
+    return Table(
+        tuple(columns[n] for n in kept),
+        tuple(tuple(row[n] for n in kept) for row in rows),
+        caption,
+        numbers,
+        names,
+        folded,
+    )
+
+
 def as_table(figure: Figure) -> Table:
-    """Return a figure's numbers as a table: a row's least, mean and most, or a curve's points."""
+    """Return a figure as a table: least, mean and most of each row of a heat map, or the points of each curve."""
     if isinstance(figure, Curves):
         points = [(one.name, x, y) for one in figure.series for x, y in zip(one.x, one.y, strict=True)]
         rows = tuple((name, f"{x:.6g}", f"{y:.6g}") for name, x, y in points)
@@ -147,7 +185,7 @@ def as_table(figure: Figure) -> Table:
 
 
 def matrix_table(figure: HeatMap) -> Table:
-    """Return every number of a small grid."""
+    """Return a heat map as a table of all its numbers, which is fit for few columns."""
     rows = tuple(
         (row, *("" if value is None else shown(figure, value) for value in line))
         for row, line in zip(figure.rows, figure.values, strict=True)

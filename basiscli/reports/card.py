@@ -7,13 +7,13 @@ from importlib.resources import files
 from typing import Any
 
 from basiscli.checkpoints.source import Source, is_hub_id
-from basiscli.commands.merge.plan import MergePlan
 from basiscli.names import printable
 from basiscli.reports.blocks import Figure
+from basiscli.reports.contribution import Contributor
 from basiscli.reports.facts import common_license
 from basiscli.reports.markdown import block_text, markdown, plain
+from basiscli.reports.page import sections
 from basiscli.reports.schema import Report
-from basiscli.reports.sections import sections
 
 _TEMPLATE = files("basiscli.reports") / "templates" / "card.md.jinja"
 _LEFT_OUT = {"numbers", "tensors"}  # sections too long for a card
@@ -23,17 +23,19 @@ def card(
     metadata: dict[str, Any],
     title: str,
     report: Report,
+    contribute: Contributor,
     *,
     usage: str = "",
     warnings: Sequence[str] = (),
     pictures: Mapping[Figure, str] | None = None,
 ) -> bytes:
-    """Return a card: the front matter that the Hub reads, what was done, how to use it, and the report's sections.
+    """Return the bytes of `README.md`: front matter, what was done, how to use it, and the report's sections.
 
     Args:
-        metadata: the front matter.
+        metadata: the front matter, which the Hub reads: see `front_matter`.
         title: the name of the result.
         report: of the run.
+        contribute: gives what the command that ran says beside what all reports say.
         usage: lines of Python that load the result.
         warnings: what to add to the report's notes.
         pictures: files beside the card, by the figure that they show.
@@ -41,7 +43,8 @@ def card(
     import jinja2
     import yaml
 
-    first, *others = sections(report.model_copy(update={"notes": [*report.notes, *warnings]}), cost=False)
+    noted = report.model_copy(update={"notes": [*report.notes, *warnings]})
+    first, *others = sections(noted, contribute, cost=False)
     opening = "\n".join(block_text(block, {}) for block in first.blocks)
     environment = jinja2.Environment(
         autoescape=False, trim_blocks=True, keep_trailing_newline=True
@@ -60,12 +63,22 @@ def card(
     )
 
 
-def metadata_of(source: Source, relation: str, report: Report, *, library: str, tag: str) -> dict[str, Any]:
-    """Return the front matter of what was made from one model; a local folder has no name that the Hub knows."""
-    named = source.repo_id or source.base_model
+def front_matter(
+    base_models: Sequence[str], relation: str, report: Report, *, library: str, tag: str
+) -> dict[str, Any]:
+    """Return what the Hub reads at the top of a card: base models, library, licence and tags.
+
+    Args:
+        base_models: names of what the result was made from; those that are no Hub ids are left out.
+        relation: of the result to them, in the Hub's words: `merge`, `adapter`, `quantized`.
+        report: of the run.
+        library: that loads the result: `transformers` or `peft`.
+        tag: what the Hub lists the result under, beside `basis` and the method's name.
+    """
     metadata: dict[str, Any] = {}
-    if named and is_hub_id(named) and "@" not in named:
-        metadata |= {"base_model": [named], "base_model_relation": relation}
+    named = [name for name in base_models if is_hub_id(name) and "@" not in name]
+    if named:
+        metadata |= {"base_model": named, "base_model_relation": relation}
     metadata["library_name"] = library
     license_word, _ = common_license(report.sources)
     if license_word:
@@ -73,27 +86,7 @@ def metadata_of(source: Source, relation: str, report: Report, *, library: str, 
     return metadata | {"tags": [tag, "basis", report.method.name]}
 
 
-def model_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
-    """Return the card's bytes, and warnings about what it says."""
-    license_word, warnings = common_license(report.sources)
-    metadata: dict[str, Any] = {}
-    bases = _base_models(plan)
-    if bases:
-        metadata["base_model"] = bases
-        metadata["base_model_relation"] = "merge"
-    metadata["library_name"] = "peft" if plan.adapter_rank is not None else "transformers"
-    if license_word:
-        metadata["license"] = license_word
-    metadata["tags"] = ["merge", "basis", plan.method.name]
-    return card(metadata, plan.out.name, report, warnings=warnings), warnings
-
-
-def _base_models(plan: MergePlan) -> list[str]:
-    """Return the Hub ids of everything that went in; local folders have none to name."""
-    named: list[str] = []
-    sources = [model.source for model in [*plan.models, *([plan.base] if plan.base else [])]]
-    for source in [*sources, *(source for _, source in (plan.recipe.sources if plan.recipe else []))]:
-        for name in (source.repo_id, source.base_model):
-            if name and is_hub_id(name) and "@" not in name and name not in named:
-                named.append(name)
-    return named
+def metadata_of(source: Source, relation: str, report: Report, *, library: str, tag: str) -> dict[str, Any]:
+    """Return the front matter of what was made from one model: its own name on the Hub, or that of its base."""
+    named = source.repo_id or source.base_model
+    return front_matter([named] if named else [], relation, report, library=library, tag=tag)

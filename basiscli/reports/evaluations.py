@@ -11,31 +11,37 @@ from basiscli.errors import InputError
 
 
 class Figures(BaseModel):
-    """What one model did on the text."""
+    """What one model scored on a text."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: str
+    """Folder or Hub id."""
     perplexity: float
     accuracy: float
+    """Share of tokens that it ranks first."""
     cache_bytes_per_token: float
     decode_tokens_per_second: dict[int, float] = {}
+    """By the tokens that are in the cache already."""
 
 
 class EvaluationRecord(BaseModel):
-    """A model's figures, and those of the one it was held against."""
+    """What `basis eval` measured of a model, and of the one that it was compared with."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: Figures
     against: Figures | None = None
     tokens: int
+    """That were scored."""
     text: str
+    """The name of the text."""
     numbers: dict[str, float]
+    """By the names that `basiscli.reports.numbers` explains."""
 
 
 def read_evaluation(file: Path) -> EvaluationRecord:
-    """Read the document that `basis eval --json` printed.
+    """Return what `basis eval --json` printed into a file.
 
     Raises:
         InputError: there is no such file, or it holds something else.

@@ -17,7 +17,7 @@ from basiscli.version import __version__
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that this process has held so far."""
+    """Return the largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux; getrusage there also counts what the parent held before the exec
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
@@ -26,7 +26,7 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computed the result."""
+    """Return the versions of basis, of Python and of the packages that computed the result, by name."""
     found = {"basiscli": __version__, "python": sys.version.split()[0]}
     for package in ("torch", "safetensors", "transformers", "peft"):
         try:
@@ -37,13 +37,13 @@ def versions() -> dict[str, str]:
 
 
 def license_of(source: Source) -> str | None:
-    """Return the licence that a model's card names."""
+    """Return the licence that a model's card names: `apache-2.0`."""
     name = source.card.get("license")
     return name if isinstance(name, str) else None
 
 
 def common_license(sources: Iterable[SourceRecord]) -> tuple[str | None, list[str]]:
-    """Return the inputs' common licence; 'other' and a warning where they differ."""
+    """Return the licence that all inputs share, and no warnings; where they differ, `other` and one."""
     found = sorted({source.license for source in sources if source.license})
     if len(found) > 1:
         return "other", [f"the inputs have different licences ({', '.join(found)}): check what their mixture allows"]
@@ -53,7 +53,14 @@ def common_license(sources: Iterable[SourceRecord]) -> tuple[str | None, list[st
 def checkpoint_record(
     role: Literal["base", "model"], source: Source, tensors: Iterable[StoredTensor], known: Mapping[str, str]
 ) -> SourceRecord:
-    """Return the record of an input checkpoint; only tensors whose digest is not known are read for it."""
+    """Return the record of an input checkpoint, with the digest of its weights.
+
+    Args:
+        role: what it was to the run.
+        source: where it is.
+        tensors: what is stored there.
+        known: SHA-256 of tensors that the run has read, by name; the others are read now.
+    """
     stored = list(tensors)
     digests = {tensor.name: known.get(tensor.name) or stored_digest(tensor) for tensor in stored}
     return SourceRecord(
@@ -68,5 +75,5 @@ def checkpoint_record(
 
 
 def unchanged(inputs: Mapping[str, StoredTensor], outputs: Mapping[str, TensorSpec]) -> set[str]:
-    """Return the names of the tensors that a copy leaves as they were, byte for byte."""
+    """Return the names of the tensors whose bytes a copy leaves as they were: their dtype stays."""
     return {name for name, tensor in inputs.items() if name in outputs and outputs[name].dtype == tensor.dtype}

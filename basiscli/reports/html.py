@@ -17,7 +17,7 @@ _WIDEST = 12
 
 
 def html(title: str, report: Report, sections: Sequence[Section]) -> str:
-    """Return the page.
+    """Return a report as an HTML document, in one file that loads nothing.
 
     Args:
         title: what the result is called.

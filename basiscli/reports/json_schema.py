@@ -21,12 +21,12 @@ class _WithInfinities(GenerateJsonSchema):
         return False
 
     def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
-        """Return the schema of a number that may be none."""
+        """Return the schema of a number that may be NaN or infinite."""
         return {"type": ["number", "string"], "pattern": "^(NaN|-?Infinity)$"}
 
 
 def report_schema() -> dict[str, Any]:
-    """Return the schema of reports; those of earlier releases may lack the fields that are not required."""
+    """Return the JSON Schema of `basis_report.json`; reports of earlier releases may lack what is not required."""
     found = Report.model_json_schema(schema_generator=_WithInfinities)
     head = {"$schema": _WithInfinities.schema_dialect, "title": f"basis_report.json, schema version {SCHEMA_VERSION}"}
     return head | {name: value for name, value in found.items() if name not in head}

@@ -17,8 +17,9 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.\d+\.")
 
 
 def place_of(name: str) -> tuple[str, str, int | None]:
-    """Return what comes before the layer's number, the name within the layer, and the number.
+    """Return where a tensor or module stands: what comes before the layers, its name in one, and the layer's number.
 
+    `model.layers.3.mlp.up_proj.weight` is `("model", "mlp.up_proj", 3)`; what is in no layer has no number, `None`.
     Experts of a layer share a name: `mlp.experts.*.up_proj`.
     """
     stem = name.removesuffix(".weight")
@@ -40,6 +41,13 @@ def layer_grid(
     """Return a heat map, layers from left to right, one row for each kind of module; None where nothing is finite.
 
     Several numbers at one place (experts) become their mean. What is in no layer has a column of its own.
+
+    Args:
+        values: a number for each tensor or module, by name.
+        caption: what the map shows.
+        measure: what the numbers are, with their unit.
+        form: how one is written, as `format` takes it.
+        scale: colours from zero on, or to both sides of it.
     """
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     places = {name: place_of(name) for name in sorted(finite, key=natural_key)}

@@ -26,11 +26,11 @@ _WIDEST = 8  # columns of a grid that is written out
 
 
 def markdown(sections: Iterable[Section], pictures: Mapping[Figure, str] | None = None) -> str:
-    """Return sections under headings of the second level.
+    """Return sections as Markdown, each under a heading of the second level.
 
     Args:
         sections: what to write.
-        pictures: files to show figures by.
+        pictures: the file that shows a figure, relative to the document; others are shown as tables.
     """
     shown = pictures or {}
     return "\n".join(
@@ -40,7 +40,7 @@ def markdown(sections: Iterable[Section], pictures: Mapping[Figure, str] | None 
 
 
 def block_text(block: Block, pictures: Mapping[Figure, str]) -> str:
-    """Return one block, with the line break that ends it."""
+    """Return one block of a section as Markdown, with the line break that ends it."""
     match block:
         case Text(text):
             return f"{plain(text)}\n"
@@ -61,7 +61,7 @@ def block_text(block: Block, pictures: Mapping[Figure, str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Return text that Markdown shows as it is, in one line: no links, no markup, no HTML of somebody else's."""
+    """Return text escaped for Markdown, in one line: it makes no links, no markup, no HTML of somebody else's."""
     line = " ".join(printable(text).split())
     line = re.sub(r"([\\`*\[\]<>|&]|~~)", r"\\\1", line)
     line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)  # within a word it is no markup
@@ -69,7 +69,7 @@ def plain(text: str) -> str:
 
 
 def span(text: str) -> str:
-    """Return a name or a number as code, fit for a table."""
+    """Return a name or a number as inline code, fit for a table's cell."""
     line = " ".join(printable(text).split())
     return plain(text) if not line or "`" in line else "`" + line.replace("|", r"\|") + "`"
 

@@ -1,4 +1,7 @@
-"""The named numbers of reports and evaluations, and what each means: what `--fail-if` can be written over."""
+"""The named numbers of reports and evaluations, and what each means: what `--fail-if` can be written over.
+
+One table for all commands, since a name means the same in whichever report it stands.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class NamedNumber:
 
 
 def meaning_of(name: str) -> str:
-    """Return what a number means; a method of somebody else's may give numbers that are not known here."""
+    """Return what a number means, by its name: of `decode_speedup_512`, what `decode_speedup_N` does."""
     pattern = re.sub(r"_\d+$", "_N", name)
     if found := re.fullmatch(r"task_\w+?_\w+?(_stderr|_change)?", name):
         pattern = f"task_NAME_METRIC{found[1] or ''}"
@@ -83,12 +86,12 @@ def meaning_of(name: str) -> str:
 
 
 def is_documented(name: str) -> bool:
-    """Return whether a number's meaning is written down here."""
+    """Return whether a name is known here; a method of somebody else's may give numbers of its own."""
     return meaning_of(name) != _UNKNOWN
 
 
 def named(*tables: Mapping[str, float]) -> list[NamedNumber]:
-    """Return the numbers of several tables in their order; a name that comes again has the later value."""
+    """Return the numbers of tables `{name: value}` with their meanings; of a name in two, the later table's."""
     values: dict[str, float] = {}
     for table in tables:
         values |= table
@@ -96,5 +99,5 @@ def named(*tables: Mapping[str, float]) -> list[NamedNumber]:
 
 
 def documented() -> Iterable[tuple[str, str]]:
-    """Return every known name and its meaning."""
+    """Return every known name, or pattern of names, with its meaning."""
     return [*MEANINGS.items(), *PATTERNS.items()]

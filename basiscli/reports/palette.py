@@ -9,6 +9,7 @@ import re
 from functools import cache
 
 LEVELS = 24
+"""Colours of a ramp."""
 FONT = "system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif"
 _STAND_IN = re.compile("#fe([0-9a-f]{4})")
 
@@ -32,6 +33,7 @@ _PLAIN: dict[str, tuple[str, str]] = {
     "s5": ("#57606a", "#9eabb8"),
 }
 SERIES = 6
+"""Colours of lines: `s0` to `s5`."""
 # Both ramps begin near the page and go away from it.
 _SEQUENTIAL = (
     ("#edf6ea", "#b4dfc4", "#62b6c6", "#2b7fb3", "#123f7a"),
@@ -44,7 +46,7 @@ _DIVERGING = (
 
 
 def ramp(anchors: tuple[str, ...], steps: int = LEVELS) -> list[str]:
-    """Return evenly spaced colours between the anchors."""
+    """Return so many colours as `#rrggbb`, evenly spaced from the first anchor to the last."""
     found = []
     for step in range(steps):
         place = step / (steps - 1) * (len(anchors) - 1)
@@ -65,7 +67,7 @@ def colours(dark: bool) -> Colours:
 
 
 def style() -> str:
-    """Return the rules that define the colours: light, dark where the reader's system is, light on paper."""
+    """Return the CSS that defines the colours: light, dark where the reader's system is, light on paper."""
     light, dark = ("".join(f"--{name}:{colour};" for name, colour in colours(theme).items()) for theme in (False, True))
     return f":root{{color-scheme:light dark;{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
@@ -81,7 +83,7 @@ def stand_in(name: str) -> str:
 
 
 def with_variables(picture: str) -> str:
-    """Put the variables in place of the stand-ins."""
+    """Return a picture with CSS variables in place of the stand-ins that it was drawn with."""
     return _STAND_IN.sub(lambda match: f"var(--{_names()[int(match[1], 16)]})", picture)
 
 

@@ -29,7 +29,7 @@ _ROW, _COLUMN = 0.27, 0.27  # inches
 
 
 def svg(figure: Figure, key: str, *, alone: bool = False) -> str:
-    """Draw a figure.
+    """Return a figure as an SVG element, with its description for those who do not see it.
 
     Args:
         figure: what to draw.

@@ -11,8 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from basiscli.checkpoints.files import read_json
-from basiscli.checkpoints.writer import REPORT
+from basiscli.checkpoints.files import REPORT, read_json
 from basiscli.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -199,12 +198,12 @@ class Report(_Record):
     versions: dict[str, str]
 
     def as_file(self) -> bytes:
-        """Return the content of `basis_report.json`."""
+        """Return the report as `basis_report.json` holds it."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 def read_report(folder: Path) -> Report | None:
-    """Read a folder's report, None where there is none.
+    """Return the report that lies in a folder, and None where there is none.
 
     Raises:
         InputError: if it is of a newer schema or is damaged.

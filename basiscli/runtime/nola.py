@@ -10,106 +10,21 @@ seed where they are needed. The factors A and B themselves are kept while a mode
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from basiscli.checkpoints.nola import features_of, note_features
 from basiscli.checkpoints.packing import unpacked
 from basiscli.linalg.nola import factor_bases, start_of
 from basiscli.linalg.randbasis import RandomBases
+from basiscli.runtime.nola_config import NAME, NolaConfig
 
-_NAME = "NOLA"
-
-
-def _peft_type() -> PeftType:
-    """Add a member to PEFT's enumeration of methods, which `register_peft_method` and saving look into."""
-    member: Any = str.__new__(PeftType, _NAME)
-    member._name_ = member._value_ = _NAME
-    setattr(PeftType, _NAME, member)
-    PeftType._member_names_.append(_NAME)
-    PeftType._member_map_[_NAME] = member
-    PeftType._value2member_map_[_NAME] = member
-    return PeftType(_NAME)
-
-
-_PEFT_TYPE = _peft_type()
-
-
-@dataclass
-class NolaConfig(PeftConfig):  # type: ignore[misc]
-    """Configuration of a NOLA adapter: ΔW = s Σ bⱼBⱼ Σ aᵢAᵢ with random Aᵢ [r, in], Bⱼ [out, r].
-
-    Args:
-        r: rank of the update; it costs no parameters.
-        num_bases: k, the random matrices a factor: a module trains 2k numbers (a factor no more than it has elements).
-        target_modules: names, a regular expression, or 'all-linear'; by default PEFT's choice for LoRA.
-        exclude_modules: names or a regular expression of modules to leave out.
-        nola_alpha: s is nola_alpha / r.
-        use_rslora: s is nola_alpha / √r.
-        nola_dropout: share of a module's inputs that training sets to zero.
-        seed: names the bases. Every module's are its own; its name within its layers decides them, not its order.
-        init_weights: begin with ΔW = 0 (a random, b zero); else with both random.
-        modules_to_save: further modules that are trained and saved whole.
-        layers_to_transform: numbers of the layers to adapt; all by default.
-        layers_pattern: name of the list of layers, where it is not a usual one.
-        features: [in, out] by module name or its last part. Filled in: with it an adapter can be read without its base.
-        fan_in_fan_out: whether the base stores weights as [in, out], as GPT-2 does. Filled in, too.
-    """
-
-    r: int = 8
-    num_bases: int = 1024
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    nola_alpha: float = 8
-    use_rslora: bool = False
-    nola_dropout: float = 0.0
-    seed: int = 0
-    init_weights: bool = True
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    features: dict[str, list[int]] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = _PEFT_TYPE
-        for name in ("r", "num_bases"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; at least 1")
-        if not 0 <= self.nola_dropout < 1:
-            raise ValueError(f"`nola_dropout` is {self.nola_dropout}; from 0 to less than 1")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` is given without `layers_to_transform`")
-        self._was_saved = bool(self.features)
-
-    @property
-    def scaling(self) -> float:
-        """What B·A is multiplied with."""
-        return self.nola_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def note_features(self, module: str, in_features: int, out_features: int) -> None:
-        """Remember a module's sizes, under its last name where all of that name agree.
-
-        Raises:
-            ValueError: the adapter was made for other sizes.
-        """
-        found, known = [in_features, out_features], features_of(self.features, module)
-        if self._was_saved and known != found:
-            raise ValueError(f"{module} has [in, out] = {found}; the adapter was made for {known}")
-        note_features(self.features, module, found)
+__all__ = ["NolaConfig", "NolaLayer", "NolaModel", "combination"]
 
 
 class _Combination(torch.autograd.Function):
@@ -136,7 +51,7 @@ def combination(coefficients: Tensor, bases: RandomBases) -> Tensor:
 
 
 class NolaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A linear layer plus s·B·A, of which the coefficients are parameters."""
+    """A linear layer plus s·B·A with A = Σ aᵢAᵢ and B = Σ bⱼBⱼ, of which the coefficients a and b are parameters."""
 
     adapter_layer_names = ("nola_a", "nola_b")
     other_param_names = ("r", "scaling", "nola_dropout", "nola_bases")
@@ -170,7 +85,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.update_layer(adapter_name, config, module)
 
     def update_layer(self, adapter_name: str, config: NolaConfig, module: str) -> None:
-        """Add an adapter, or begin one anew."""
+        """Add an adapter of this name with new coefficients, or begin it anew."""
         config.note_features(module, self.in_features, self.out_features)
         self.r[adapter_name], self.scaling[adapter_name] = config.r, config.scaling
         self.nola_dropout[adapter_name] = nn.Dropout(config.nola_dropout) if config.nola_dropout else nn.Identity()
@@ -245,7 +160,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take merged updates away again."""
+        """Subtract merged updates from the base's weight again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -255,16 +170,16 @@ class NolaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             weight.data = (weight.data.float() - delta).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say that the update is a matrix added to the weight."""
+        """Return True: the update is a matrix added to the weight."""
         return True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Read coefficients stored in few bits; parameters are float32."""
-        for name, place in (("nola_a", 0), ("nola_b", 1)):
-            for adapter, bases in self.nola_bases.items():
+        for adapter, factors in self.nola_bases.items():
+            for name, bases in zip(("nola_a", "nola_b"), factors, strict=True):
                 key = f"{prefix}{name}.{adapter}"
                 if key in state_dict and state_dict[key].dtype == torch.uint8:
-                    state_dict[key] = unpacked(state_dict[key], bases[place].count)
+                    state_dict[key] = unpacked(state_dict[key], bases.count)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
@@ -272,7 +187,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class NolaModel(BaseTuner):  # type: ignore[misc]
-    """Puts NOLA layers in the place of a model's linear layers."""
+    """PEFT's tuner for NOLA: replaces a model's linear layers by NOLA layers on them."""
 
     prefix = "nola_"
     tuner_layer_cls = NolaLayer
@@ -300,4 +215,4 @@ class NolaModel(BaseTuner):  # type: ignore[misc]
         self._replace_module(parent, target_name, layer, target)
 
 
-register_peft_method(name=_NAME.lower(), config_cls=NolaConfig, model_cls=NolaModel, prefix=NolaModel.prefix)
+register_peft_method(name=NAME.lower(), config_cls=NolaConfig, model_cls=NolaModel, prefix=NolaModel.prefix)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import basiscli
 from basiscli import HubError, InputError, UsageError
-from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.hub.resolve import resolve, resolve_base
 from tests.conftest import Tensors, basis_process, read_checkpoint, write_checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import Result
 
 import basiscli
-from basiscli.checkpoints.writer import JOURNAL
+from basiscli.checkpoints.shards import JOURNAL
 from basiscli.reports.schema import read_report
 from tests import kv_models
 from tests.conftest import Tensors, basis_process, make_tensors, read_checkpoint, snapshot, stop_after, write_checkpoint

@@ -15,7 +15,6 @@ import basiscli
 from basiscli.checkpoints.header import encode_header, read_header
 from basiscli.commands.kv.plan import KVPlan
 from basiscli.commands.merge.plan import MergePlan
-from basiscli.engine.pricing import init_price, kv_price, merge_price
 from basiscli.errors import InputError, UsageError
 from tests.conftest import LLAMA
 
@@ -44,7 +43,7 @@ def test_headers_are_priced_as_the_checkpoints_they_are_of(family: dict[str, Pat
             [family["a"], family["b"]], method="ties", base=family["base"], output=tmp_path / "out", headers_only=True
         )
         plan.close()
-        return merge_price(plan).as_dict() | {"peak": plan.peak_bytes, "files": plan.layout.nbytes}
+        return plan.price().as_dict() | {"peak": plan.peak_bytes, "files": plan.layout.nbytes}
 
     whole = price()
     for folder in family.values():
@@ -94,12 +93,12 @@ def test_operations_of_ortho_and_pissa_by_hand(tmp_path: Path) -> None:
     plan = basiscli.plan_merge([a, b, c], method="ortho", base=base, output=tmp_path / "out", headers_only=True)
     elements = m * n + n
     steps = 2 * (2 * m * n**2 * (2 / 3 + 3) + 9 * n**3)  # the first model is taken as it is
-    assert math.isclose(merge_price(plan).flops, 2 * 3 * elements + 2 * 16 * elements + steps)
+    assert math.isclose(plan.price().flops, 2 * 3 * elements + 2 * 16 * elements + steps)
     exact = basiscli.plan_init(a, rank=rank, exact=True, output=tmp_path / "out", headers_only=True)
     fast = basiscli.plan_init(a, rank=rank, output=tmp_path / "out", headers_only=True)
-    assert math.isclose(init_price(exact).flops, 2 * m * n**2 + 9 * n**3 + 2 * m * n * rank)
-    assert 0 < init_price(fast).flops < init_price(exact).flops / 5
-    assert init_price(fast).seconds < init_price(exact).seconds
+    assert math.isclose(exact.price().flops, 2 * m * n**2 + 9 * n**3 + 2 * m * n * rank)
+    assert 0 < fast.price().flops < exact.price().flops / 5
+    assert fast.price().seconds < exact.price().seconds
 
 
 @pytest.mark.parametrize(("method", "exact"), [("eva", False), ("corda", True)])
@@ -112,7 +111,7 @@ def test_operations_of_calibration_by_hand(tmp_path: Path, method: str, exact: b
     )
     products = tokens * (2 * m * n + n**2)  # of two inputs one is a moment of its own
     vectors = (11 * n**3 + 4 * n**2 * rank) / 2 if method == "eva" else 2 * m * n**2 + 9 * n**3 + 2 * m * n * rank
-    assert math.isclose(init_price(plan).flops, products + vectors)
+    assert math.isclose(plan.price().flops, products + vectors)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -134,12 +133,12 @@ def test_operations_of_a_compressed_cache_by_hand(tmp_path: Path, tied: bool) ->
     token = 2 * (vocabulary * hidden + inner * hidden)
     statistics = 2 * inner * hidden * length * 64  # without logits
     untrained = plan(train_steps=0, search="spectrum")
-    assert math.isclose(kv_price(untrained).flops, statistics)
+    assert math.isclose(untrained.price().flops, statistics)
     trained = plan(train_steps=10, batch=3, search="uniform")
-    assert math.isclose(kv_price(trained).flops, statistics + 3 * token * 10 * 3 * length)
+    assert math.isclose(trained.price().flops, statistics + 3 * token * 10 * 3 * length)
     searched = plan(train_steps=0)
     rounds = 15 * (4 * 5 + 8) + 3 * 8  # of windows: four a round, five times, and eight held out; these to begin with
-    assert math.isclose(kv_price(searched).flops, statistics + token * length * rounds)
+    assert math.isclose(searched.price().flops, statistics + token * length * rounds)
     weights = 4 * (vocabulary * hidden * (1 if tied else 2) + inner * hidden)
     kept = 4 * (4 * vocabulary + 8 * hidden + 4 * inner) * length
     assert untrained.peak_bytes == weights + kept
@@ -153,7 +152,7 @@ def test_more_workers_take_less_time(family: dict[str, Path], tmp_path: Path) ->
         plan = basiscli.plan_merge(
             [family["a"], family["b"]], method="linear", output=tmp_path / "out", workers=workers
         )
-        times.append(merge_price(plan).hours)
+        times.append(plan.price().hours)
         plan.close()
     assert math.isclose(times[0], 4 * times[1])
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import basiscli
-from basiscli.checkpoints.writer import JOURNAL, PartialOutput
+from basiscli.checkpoints.shards import JOURNAL
+from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine import batches
 from basiscli.engine.tasks import Task
 from basiscli.errors import InputError, ResourceError

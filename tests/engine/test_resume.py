@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import basiscli
-from basiscli.checkpoints.writer import JOURNAL, PartialOutput
+from basiscli.checkpoints.shards import JOURNAL
+from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.merge.run import MergeRun
 from tests.conftest import add, make_tensors, read_checkpoint, write_checkpoint
 
@@ -20,7 +21,8 @@ METHODS = ["linear", "ortho"]
 # A merge that rests after every step from one on, so that a signal finds it between two of them.
 RESTING = """
 import signal, sys, time
-from basiscli.checkpoints.writer import JOURNAL, PartialOutput
+from basiscli.checkpoints.shards import JOURNAL
+from basiscli.checkpoints.writer import PartialOutput
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 record, steps, seconds = PartialOutput.record, int(sys.argv.pop(1)), float(sys.argv.pop(1))
 def rest(self, key, entry):

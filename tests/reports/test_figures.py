@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import basiscli
+from basiscli.commands.init.page import rank_grid
+from basiscli.commands.kv import page as kv_page
 from basiscli.reports.blocks import Curves, HeatMap, as_table
 from basiscli.reports.evaluations import read_evaluation
-from basiscli.reports.figures import layer_figures, rank_grid, ratio_curve, spectra
 from basiscli.reports.layers import layer_grid
 from basiscli.reports.plots import svg
 from tests.conftest import read_checkpoint
@@ -85,14 +86,14 @@ def test_energies_of_kv_columns_are_those_of_the_bases(outputs: Outputs) -> None
         energy = torch.stack([stored[f"layers.{n}.{what}.energy"] for n in range(len(kv.key_ranks))]).double()
         assert told == pytest.approx((energy / energy.sum(-1, keepdim=True)).mean((0, 1)).tolist(), rel=1e-4)
         assert math.fsum(told or []) == pytest.approx(1, abs=1e-4)
-    (curves,) = spectra(basiscli.report(outputs["compress"]).report)
+    (curves,) = kv_page.energies(kv)
     assert all(one.y[-1] == pytest.approx(1, abs=1e-4) for one in curves.series)
 
 
 def test_ranks_of_the_cache_are_in_their_places(outputs: Outputs) -> None:
     report = basiscli.report(outputs["compress"]).report
-    (grid,) = layer_figures(report)
     assert report.kv is not None
+    grid = kv_page.ranks(report.kv)
     values = torch.tensor(grid.values)
     told = torch.tensor([report.kv.key_ranks, report.kv.value_ranks])  # [2, layers, heads]
     assert torch.equal(values, told.transpose(1, 2).flatten(0, 1).float())
@@ -100,15 +101,14 @@ def test_ranks_of_the_cache_are_in_their_places(outputs: Outputs) -> None:
 
 def test_perplexity_by_ratio_comes_from_the_evaluations(outputs: Outputs) -> None:
     seen = [read_evaluation(file) for file in outputs.evaluations]
-    report = basiscli.report(outputs["compress"]).report
-    (curves,) = ratio_curve(report, seen)
+    (curves,) = kv_page.ratio_curve(seen)
     told = dict(zip(curves.series[0].x, curves.series[0].y, strict=True))
     assert list(told) == pytest.approx([0, *(100 * ratio for ratio in RATIOS)])
     assert seen[0].against is not None
     assert list(told.values()) == [seen[0].against.perplexity, *(one.model.perplexity for one in seen)]
-    assert not list(ratio_curve(report, seen[:1]))  # one point and the dense model are no curve
+    assert not list(kv_page.ratio_curve(seen[:1]))  # one point and the dense model are no curve
     other = seen[1].model_copy(update={"text": "another"})
-    assert not list(ratio_curve(report, [seen[0], other]))
+    assert not list(kv_page.ratio_curve([seen[0], other]))
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,30 @@
-"""`basis demo`."""
+"""`basis demo`: its options, and what the terminal shows of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.fields import Options, option
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
 
 if TYPE_CHECKING:
     from basiscli.commands.demo.api import Demo
 
 
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")] = Path("basis-demo"),
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Merge two published fine-tunes of MiniLM and measure what the result kept of both. Needs no network."""
-    out = Output(as_json=json, quiet=quiet)
-    with errors_shown(as_json=json):
-        from basiscli.commands.demo.api import demo as api_demo
+class DemoOptions(Options):
+    """Options of `basis demo`."""
 
-        found = api_demo(output, progress=out.progress())
-        out.result(found.as_dict(), lambda: _show(out, found))
+    output: Annotated[Path, option("Folder to make.", "-o")] = Path("basis-demo")
+
+
+def main(options: DemoOptions, session: Session) -> None:
+    """Run the demo and print what it measured."""
+    from basiscli.commands.demo.api import demo
+
+    out, found = session.out, demo(options.output, progress=session.progress())
+    out.result(found.as_dict(), lambda: _show(out, found))
 
 
 def _show(out: Output, found: Demo) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.errors import UsageError
 from basiscli.hub.resolve import resolve, resolve_base

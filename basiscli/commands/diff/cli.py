@@ -1,34 +1,32 @@
-"""`basis diff`."""
+"""`basis diff`: its options, and what the terminal shows of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from basiscli.cli import options
-from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.fields import ModelName, Options, argument, option
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
 
 if TYPE_CHECKING:
     from basiscli.commands.diff.api import Differences
 
 
-def diff(
-    a: Annotated[str, typer.Argument(help="Folder, weights file, Hub id or LoRA adapter.")],
-    b: Annotated[str, typer.Argument(help="What to compare it with.")],
-    base: Annotated[str | None, typer.Option(help="The base of an adapter. [default: the one it names]")] = None,
-    top: Annotated[int, typer.Option(help="Show this many tensors, the most different first; 0 for all.")] = 20,
-    progress: options.Progress = ProgressStyle.BAR,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Show how two checkpoints differ, tensor by tensor. Streams: memory does not grow with the model."""
-    out = Output(as_json=json, quiet=quiet, progress=progress)
-    with errors_shown(as_json=json):
-        from basiscli.commands.diff.api import diff as api_diff
+class DiffOptions(Options):
+    """Options of `basis diff`."""
 
-        found = api_diff(a, b, base=base, progress=out.progress())
-        out.result(found.as_dict(), lambda: _show(out, found, top))
+    a: Annotated[ModelName, argument("Folder, weights file, Hub id or LoRA adapter.")]
+    b: Annotated[ModelName, argument("What to compare it with.")]
+    base: Annotated[ModelName | None, option("The base of an adapter. [default: the one it names]")] = None
+    top: Annotated[int, option("Show this many tensors, the most different first; 0 for all.")] = 20
+
+
+def main(options: DiffOptions, session: Session) -> None:
+    """Compare two checkpoints and print how they differ."""
+    from basiscli.commands.diff.api import diff
+
+    out, found = session.out, diff(options.a, options.b, base=options.base, progress=session.progress())
+    out.result(found.as_dict(), lambda: _show(out, found, options.top))
 
 
 def _show(out: Output, found: Differences, top: int) -> None:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basiscli.checkpoints.kv_file import Prefill
+from basiscli.cli.keywords import keywords
 from basiscli.commands.evaluate.decoding import speeds_of
+from basiscli.commands.evaluate.options import EvalOptions
 from basiscli.commands.evaluate.tasks import TaskScore, find_tasks, number_prefix
 from basiscli.errors import InputError, UsageError
 from basiscli.progress import Progress, Silent
@@ -93,54 +94,37 @@ def number_names(*, pair: bool, contexts: Sequence[int], tasks: Sequence[str] = 
     return names | {f"{name}_{context}" for name in timed for context in contexts}
 
 
-def evaluate(
-    model: str | Path,
-    *,
-    text: str | Path | None = None,
-    against: str | Path | None = None,
-    length: int = 512,
-    windows: int = 16,
-    prefill: Prefill = "compressed",
-    contexts: Sequence[int] = (),
-    new_tokens: int = 16,
-    tasks: Sequence[str] = (),
-    task_path: str | Path | None = None,
-    task_limit: int | None = None,
-    few_shot: int | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Evaluation:
+@keywords(EvalOptions)
+def evaluate(model: str | Path, *, progress: Progress | None = None, **options: Any) -> Evaluation:
     """Measure a model on a text, and how it differs from another.
 
     Args:
         model: a folder or a Hub id; a compressed model is measured with its small cache.
-        text: text, JSONL, a folder, or a safetensors file of tokens; a small built-in mix by default.
-        against: the model to hold it against, with the same tokenizer.
-        length: tokens a window; every window is a text of its own.
-        windows: how many windows, spread evenly over the text.
-        prefill: 'compressed': every token sees the others through the cache. 'exact': the first half of a window is a
-            prompt that attends to itself exactly, and only the second half, which sees it through the cache, counts
-            (for both models).
-        contexts: numbers of tokens after which decoding is timed; none by default.
-        new_tokens: tokens decoded for each timing.
-        tasks: names that lm-evaluation-harness (the extra `eval`) knows, for `prefill` 'compressed' only.
-        task_path: a folder with task YAML files of one's own, for `tasks` to name.
-        task_limit: examples of each task; all by default.
-        few_shot: solved examples before each; by default as many as the task says.
-        device: 'auto', 'cpu', 'cuda', 'cuda:1'.
         progress: what to tell how far the work is.
+        **options: by name:
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
     """
-    if prefill not in ("compressed", "exact"):
-        raise UsageError(f"prefill '{prefill}'", remedy="'compressed' or 'exact'")
+    return run(EvalOptions.of(model=model, **options), progress or Silent())
+
+
+def numbers_of(options: EvalOptions) -> set[str]:
+    """Return the names of the numbers that an evaluation with these options will give."""
+    return number_names(pair=options.against is not None, contexts=options.contexts, tasks=options.tasks)
+
+
+def run(options: EvalOptions, progress: Progress) -> Evaluation:
+    """Do what the options ask for."""
+    model, text, against, prefill = options.model, options.text, options.against, options.prefill
+    length, windows, new_tokens, contexts = options.length, options.windows, options.new_tokens, options.contexts
+    tasks, device = options.tasks, options.device
     for name, value, least in (("length", length, 16), ("windows", windows, 1), ("new_tokens", new_tokens, 1)):
         if value < least:
             raise UsageError(f"{name} {value}", remedy=f"at least {least}")
     if tasks and prefill == "exact":  # the harness scores whole prompts, which would never see the cache
         raise UsageError("tasks with prefill 'exact'", remedy="leave --prefill compressed")
-    asked = find_tasks(tasks, folder=task_path, limit=task_limit, few_shot=few_shot)
+    asked = find_tasks(tasks, folder=options.task_path, limit=options.task_limit, few_shot=options.few_shot)
     import torch
 
     from basiscli.calibration.tokens import read_windows
@@ -148,7 +132,7 @@ def evaluate(
     from basiscli.hub.resolve import resolve
     from basiscli.runtime.load import load, load_tokenizer
 
-    shown, place = progress or Silent(), choose_device(device)
+    shown, place = progress, choose_device(device)
     specs = [str(model), *([str(against)] if against is not None else [])]
     sources = [resolve(spec) for spec in specs]
     tokenizers = [load_tokenizer(source.folder) for source in sources] if asked else []

@@ -5,20 +5,23 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.nola import is_nola
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.tinylora import is_tinylora
+from basiscli.cli.keywords import keywords
 from basiscli.commands.expand.coefficients import CoefficientsAsLoRA
 from basiscli.commands.expand.factors import FactorsAsLoRA
 from basiscli.commands.expand.lora import PlainLoRA, write_lora
+from basiscli.commands.expand.options import ExpandOptions
 from basiscli.commands.expand.values import ValuesAsLoRA
 from basiscli.commands.merge.api import merge
 from basiscli.engine.output_place import output_place
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve
-from basiscli.progress import Progress
+from basiscli.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,8 @@ class ExpandResult:
     """How many the adapter has factors for."""
 
 
-def expand(
-    adapter: str | Path,
-    *,
-    initial: str | Path | None = None,
-    base: str | Path | None = None,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> ExpandResult:
+@keywords(ExpandOptions)
+def expand(adapter: str | Path, *, progress: Progress | None = None, **options: Any) -> ExpandResult:
     """Turn an adapter into plain LoRA of the original model (`initial`), or into a full checkpoint.
 
     With `initial`, the adapter was trained from a start that is not zero (`basis init`: PiSSA, MiLoRA, OLoRA) on its
@@ -53,46 +49,47 @@ def expand(
     is not needed, and a checkpoint where `base` is given.
 
         start = basiscli.init("org/model", method="pissa", rank=16)
-        ...  # train start.adapter on start.residual with PEFT; save it in "trained"
+        ...  # train start.adapter on start.residual with PEFT, and save it in "trained"
         basiscli.expand("trained", initial=start.adapter)  # ./trained-lora, on "org/model"
 
     Args:
         adapter: folder or Hub id of the trained adapter.
-        initial: the adapter that its training began with.
-        base: with `initial`, the name of the original model to write into the result (by default the one that the
-            initial adapter's report names); without, the base to add the adapter to (by default the one it names).
-        output: the folder to make; `./ADAPTER-lora` or `./ADAPTER-merged` by default.
-        overwrite: replace an earlier output of basis.
         progress: what to tell how far the work is.
+        **options: by name:
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
     """
-    source = _adapter(adapter, "give a PEFT LoRA folder")
+    return run(ExpandOptions.of(adapter=adapter, **options), progress or Silent())
+
+
+def run(options: ExpandOptions, progress: Progress) -> ExpandResult:
+    """Do what the options ask for."""
+    source = _adapter(options.adapter, "give a PEFT LoRA folder")
     name = source.label.rpartition("/")[2].partition("@")[0]
-    lora = _as_lora(source, initial, None if base is None else str(base))
+    lora = _as_lora(source, options.initial, options.base)
     if lora is not None:
-        return _written(lora, Path(output or f"{name}-lora"), overwrite=overwrite)
+        return _written(lora, options.output or Path(f"{name}-lora"), overwrite=options.overwrite)
     done = merge(
-        [adapter],
+        [options.adapter],
         method="task_arithmetic",
         parameters={"lambda": 1.0},
-        base=base,
-        output=output or f"{name}-merged",
-        overwrite=overwrite,
+        base=options.base,
+        output=options.output or f"{name}-merged",
+        overwrite=options.overwrite,
         progress=progress,
     )
     return ExpandResult(done.path, "checkpoint", done.report.weights_digest, len(Adapter(source).modules))
 
 
-def _adapter(spec: str | Path, remedy: str) -> Source:
-    source = resolve(str(spec))
+def _adapter(spec: str, remedy: str) -> Source:
+    source = resolve(spec)
     if not source.is_adapter:
         raise InputError("not an adapter", file=source.path, remedy=remedy)
     return source
 
 
-def _as_lora(source: Source, initial: str | Path | None, base: str | None) -> PlainLoRA | None:
+def _as_lora(source: Source, initial: str | None, base: str | None) -> PlainLoRA | None:
     """Return the plain LoRA that an adapter becomes; None for one that is to be added to its base."""
     if is_nola(source):
         if initial is not None:

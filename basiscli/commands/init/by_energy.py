@@ -11,9 +11,9 @@ from torch import Tensor
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import raw_bytes
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.scratch import write_file
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import write_file
 from basiscli.commands.init.formats import LoRAFormat
 from basiscli.commands.init.run import Entry, InitRun, norm_and_energy, shown
 from basiscli.errors import BasisError, InputError

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from basiscli.checkpoints.files import ADAPTER, RESIDUAL
+from basiscli.commands.init.page import contribute, rank_grid
 from basiscli.commands.init.plan import InitPlan
 from basiscli.reports.card import card, metadata_of
-from basiscli.reports.figures import rank_grid
 from basiscli.reports.plots import svg
 from basiscli.reports.schema import Report
 
@@ -25,9 +25,9 @@ def adapter_card(plan: InitPlan, report: Report) -> dict[str, bytes]:
     metadata = metadata_of(base, "adapter", report, library="peft", tag="lora")
     ranks = {name: float(module.rank) for name, module in report.adapter.modules.items()}
     if len(set(ranks.values())) == 1:
-        return {"README.md": card(metadata, plan.out.name, report, usage=usage)}
+        return {"README.md": card(metadata, plan.out.name, report, contribute, usage=usage)}
     grid = rank_grid(ranks)
     return {
-        "README.md": card(metadata, plan.out.name, report, usage=usage, pictures={grid: PICTURE}),
+        "README.md": card(metadata, plan.out.name, report, contribute, usage=usage, pictures={grid: PICTURE}),
         PICTURE: svg(grid, "ranks", alone=True).encode(),
     }

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from basiscli.checkpoints.digests import weights_digest
-from basiscli.checkpoints.files import ADAPTER, ADAPTER_CONFIG, RESIDUAL
+from basiscli.checkpoints.files import ADAPTER, ADAPTER_CONFIG, REPORT, RESIDUAL
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.sidecars import sidecar_files
-from basiscli.checkpoints.writer import REPORT
 from basiscli.commands.init.card import adapter_card
 from basiscli.commands.init.peft_config import peft_config
 from basiscli.commands.init.run import InitRun

@@ -28,9 +28,12 @@ from basiscli.commands.init.checks import (
     check_weights,
 )
 from basiscli.commands.init.formats import AdapterFormat, Module, format_of
+from basiscli.commands.init.price import init_price
 from basiscli.commands.init.targets import find_targets, in_model_order
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.pricing import Price
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
 from basiscli.errors import InputError
@@ -139,6 +142,10 @@ class InitPlan:
         return peak_workspace(
             [self.workspace(name) for name in self.targets], self.settings.workers, self.settings.memory
         )
+
+    def price(self, rates: Rates = MEASURED) -> Price:
+        """Return the bytes, the operations and the hours that it would take at these rates."""
+        return init_price(self, rates)
 
     @property
     def fingerprint(self) -> str:

@@ -11,11 +11,11 @@ from basiscli.checkpoints.digests import weights_digest
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.peft_config import config_rank
 from basiscli.commands.init.plan import InitPlan
+from basiscli.commands.init.reproduce import init_command
 from basiscli.commands.init.run import Entry, InitRun
 from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
 from basiscli.reports.facts import checkpoint_record, common_license, peak_memory_bytes, unchanged, versions
-from basiscli.reports.reproduce import init_command
 from basiscli.reports.schema import (
     AdapterRecord,
     CalibrationRecord,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from basiscli.checkpoints.writer import Shards
+from basiscli.checkpoints.shards import Shards
 from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.init.stored import as_stored, write_stored
 from basiscli.linalg.nf4 import nf4_rounded, quantised_start

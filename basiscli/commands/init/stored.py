@@ -8,7 +8,7 @@ from torch import Tensor
 
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import torch_dtype
-from basiscli.checkpoints.writer import Shards
+from basiscli.checkpoints.shards import Shards
 from basiscli.errors import InputError
 from basiscli.linalg.finite import is_finite
 

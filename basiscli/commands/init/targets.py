@@ -62,7 +62,7 @@ def in_model_order(model: Checkpoint, targets: Mapping[str, str]) -> dict[str, s
     """
     import torch
 
-    from basiscli.model.layerwise import empty_model
+    from basiscli.model.lazy_model import empty_model
 
     by_module = {module: name for name, module in targets.items()}
     modules = [module for module, _ in empty_model(model, torch.float32).named_modules()]

@@ -1,33 +1,33 @@
-"""`basis inspect`."""
+"""`basis inspect`: its options, and what the terminal shows of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.fields import ModelName, Options, argument, option
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
 
 if TYPE_CHECKING:
     from basiscli.commands.inspect.api import Inspection
 
 
-def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, weights file, Hub id or LoRA adapter.")] = ".",
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    json: options.Json = False,
-) -> None:
-    """Show what is in a checkpoint or adapter, from its headers: no weights are read, and none fetched from the Hub."""
-    out = Output(as_json=json, quiet=False)
-    with errors_shown(as_json=json):
-        from basiscli.commands.inspect.api import inspect as api_inspect
+class InspectOptions(Options):
+    """Options of `basis inspect`."""
 
-        found = api_inspect(model)
-        document = found.as_dict()
-        if not tensors:
-            del document["tensors"]
-        out.result(document, lambda: _show(out, found, with_tensors=tensors))
+    model: Annotated[ModelName, argument("Folder, weights file, Hub id or LoRA adapter.")] = "."
+    tensors: Annotated[bool, option("List every tensor.")] = False
+
+
+def main(options: InspectOptions, session: Session) -> None:
+    """Read headers and print what they say."""
+    from basiscli.commands.inspect.api import inspect
+
+    out, found = session.out, inspect(options.model)
+    document = found.as_dict()
+    if not options.tensors:
+        del document["tensors"]
+    out.result(document, lambda: _show(out, found, with_tensors=options.tensors))
 
 
 def _show(out: Output, found: Inspection, *, with_tensors: bool) -> None:

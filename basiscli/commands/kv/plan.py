@@ -18,8 +18,11 @@ from basiscli.checkpoints.kv_file import KVConfig, read_kv_config
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.commands.kv.price import kv_price
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.pricing import Price
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Cluster, default_workers
 from basiscli.errors import InputError, UsageError
 from basiscli.model.architecture import kind_by_name
@@ -148,6 +151,10 @@ class KVPlan:
         teacher = settings.search_windows * settings.length * 4 * vocabulary if self.searches else 0
         kept = teacher if teacher <= TEACHER_BYTES else 0
         return 4 * sum(t.count for t in tensors) + settings.length * batch * token + kept
+
+    def price(self, rates: Rates = MEASURED) -> Price:
+        """Return the bytes, the operations and the hours that it would take at these rates."""
+        return kv_price(self, SEARCH_BATCH, rates)
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""The report and the model card of a KV compression."""
+"""The report of a KV compression."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from basiscli.checkpoints.dtypes import DTYPES
 from basiscli.checkpoints.header import commonest_dtype
 from basiscli.checkpoints.kv_file import KVBases
 from basiscli.commands.kv.plan import KVPlan
+from basiscli.commands.kv.reproduce import kv_command
 from basiscli.commands.kv.run import KVRun
 from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
-from basiscli.reports.card import card, metadata_of
 from basiscli.reports.facts import checkpoint_record, peak_memory_bytes, unchanged, versions
-from basiscli.reports.reproduce import kv_command
 from basiscli.reports.schema import (
     CalibrationRecord,
     Cost,
@@ -101,13 +100,6 @@ def build_kv_report(run: KVRun, found: KVBases, bases: bytes, *, seconds: float)
         ),
         versions=versions(),
     )
-
-
-def kv_card(plan: KVPlan, report: Report) -> bytes:
-    """Return the model card."""
-    metadata = metadata_of(plan.model.source, "quantized", report, library="transformers", tag="kv-cache")
-    usage = f'import basiscli\n\nmodel, tokenizer = basiscli.load("{plan.out.name}")'
-    return card(metadata, plan.out.name, report, usage=usage)
 
 
 def _engines(plan: KVPlan) -> dict[str, str]:

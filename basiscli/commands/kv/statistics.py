@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
-from basiscli.checkpoints.writer import Shards
+from basiscli.checkpoints.shards import Shards
 from basiscli.commands.kv.attention import Moments
 from basiscli.commands.kv.plan import KVPlan
 from basiscli.engine.devices import working_dtype

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.scratch import write_file
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import write_file
 from basiscli.commands.kv.attention import Projector, set_bases
 from basiscli.commands.kv.loss import loss_and_gradient
 from basiscli.errors import BasisError, InputError

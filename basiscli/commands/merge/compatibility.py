@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from basiscli.checkpoints.adapter import Model
+from basiscli.checkpoints.adapter_view import Model
 from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import DTYPES, is_quantised
 from basiscli.checkpoints.header import TensorSpec

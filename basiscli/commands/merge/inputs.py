@@ -1,4 +1,4 @@
-"""What a merge command leaves unsaid: the base, the weights, the history of a merge to continue, the output's place."""
+"""The inputs of a merge: how many, their base, their weights, and the history of a merge to continue."""
 
 from __future__ import annotations
 
@@ -7,19 +7,48 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from basiscli.checkpoints.files import REPORT
 from basiscli.checkpoints.source import Source, is_hub_id
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve, resolve_base
 from basiscli.reports.schema import Continuation, read_report
 from basiscli.transforms import History, Method
 
 
+def check_count(method: Method, count: int) -> None:
+    """Refuse a number of models that a method does not merge.
+
+    Raises:
+        UsageError: too few or too many.
+    """
+    fewest, most = method.models
+    if count < 2 and method.models == (2, None) and not method.needs_base:
+        raise UsageError("nothing to merge", remedy="give two models or more")
+    if count < fewest or (most is not None and count > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        beside = " beside the base" if method.needs_base else ""
+        raise UsageError(
+            f"{method.name} merges {wanted} model{'' if wanted == '1' else 's'}{beside}, and {count} are given",
+            remedy=f"`basis methods show {method.name}` says what it does",
+        )
+
+
 def find_base(
     given: str | None, inputs: list[Source], named_by: list[Source], method: Method, *, headers_only: bool = False
 ) -> Checkpoint | None:
-    """Open the base: the one given, else the one that all inputs name, if anything needs one."""
+    """Return the base, opened: the one given, else the one that all inputs name; None if nothing needs one.
+
+    Args:
+        given: a folder or a name on the Hub.
+        inputs: the models and adapters; an adapter needs a base whatever the method does.
+        named_by: those of the inputs whose configuration or model card says what the base is.
+        method: of the merge.
+        headers_only: of a model of the Hub, fetch the headers alone.
+
+    Raises:
+        InputError, UsageError: an adapter of another base; no base or several are named.
+    """
     if given is not None:
         source = resolve(given, headers_only=headers_only)
         for adapter in (s for s in inputs if s.is_adapter):
@@ -51,7 +80,12 @@ def find_base(
 def merge_weights(
     method: Method, values: BaseModel, onto: Source | None, given: Sequence[float] | None, count: int
 ) -> tuple[History | None, list[float]]:
-    """Return the history of the merge to continue, and one weight a model (the continued result's first)."""
+    """Return the history of the merge to continue, and one weight a model (the continued result's first).
+
+    Raises:
+        UsageError: weights that the method does not take, that are too few or too many, or that sum to zero.
+        InputError: the earlier merge recorded nothing that can be continued.
+    """
     if given is not None and "weights" not in method.wants:
         raise UsageError(f"{method.name} takes no weights", remedy="leave out --weights")
     weights = list(given) if given is not None else [1.0] * count

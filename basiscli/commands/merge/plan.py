@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.dtypes import tensor_bytes
 from basiscli.checkpoints.files import ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
+from basiscli.commands.merge.as_adapter import adapter_tensors
 from basiscli.commands.merge.compatibility import check_architecture, common_dtype_notes, sort_tensors
-from basiscli.commands.merge.inputs import find_base, merge_weights
+from basiscli.commands.merge.inputs import check_count, find_base, merge_weights
+from basiscli.commands.merge.price import merge_price
+from basiscli.commands.merge.recipe import RECIPE, Choice, FromRecipe
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.pricing import Price
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
-from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve
 from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
@@ -32,37 +38,11 @@ from basiscli.transforms.per_model import check_lengths
 BLOCK_ELEMENTS = 1 << 19  # of one model, read and merged at a time: 2 MB in float32
 GPU_BLOCK_ELEMENTS = 1 << 22  # there a step costs its launch, and Python's, rather than its elements
 KEPT_BYTES = 1 << 27  # of all models together: a tensor up to this size is read once however often it is gone over
-RECIPE = "recipe.yaml"
-"""The recipe that a merge was made by, in its result's folder."""
-
-
-Choice = tuple[BaseModel, list[float]]
-"""A method's parameters, and one weight a model."""
-
-
-@dataclass(frozen=True)
-class FromRecipe:
-    """What a recipe says of a merge beyond one set of parameters for all tensors."""
-
-    text: str
-    """The file, as it goes into the result's folder."""
-    choices: Callable[[str], Choice]
-    """The parameters and weights of one tensor."""
-    facts: Any
-    """What decides the bytes of the result, as plain data."""
-    sources: list[tuple[Literal["base", "model"], Source]]
-    """Every model and adapter that it names."""
-    files: Mapping[str, bytes] | None
-    """The tokenizer it asks for, in place of the reference's, and what depends on it."""
-    dtype: str | None
-    """The storage dtype it asks for."""
-    opened: Sequence[Checkpoint]
-    """The checkpoints that the models are parts of."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All that a merge will do."""
+    """All that a merge will do, as far as headers tell: its inputs, its output tensors and its cost."""
 
     out: Path
     method: Method
@@ -73,7 +53,9 @@ class MergePlan:
     base: Checkpoint | None
     history: History | None
     merged: list[str]
+    """Names of the tensors that the method makes."""
     copied: list[str]
+    """Names of the tensors that are the reference's: buffers and integers."""
     layout: Layout
     adapter_rank: int | None
     """The rank of the adapter to write; None for a full checkpoint."""
@@ -108,12 +90,12 @@ class MergePlan:
 
     @property
     def earlier(self) -> int:
-        """How many models the earlier merge had whose result, the first of the models, is continued."""
+        """Number of models of the earlier merge that is continued, whose result is the first of `models`; else 0."""
         return self.history.models if self.history else 0
 
     @property
     def two_passes(self) -> bool:
-        """Whether the method needs a number over the whole model before any tensor can be finished."""
+        """Whether the method needs a number over the whole model (`TaskVectorMerge.scale`) to finish any tensor."""
         return self.method.keeps_factors
 
     @property
@@ -148,6 +130,10 @@ class MergePlan:
         names = [*self.merged, *self.copied]
         return peak_workspace([workspace(self, name) for name in names], self.settings.workers, self.settings.memory)
 
+    def price(self, rates: Rates = MEASURED) -> Price:
+        """Return the bytes, the operations and the hours that it would take at these rates."""
+        return merge_price(self, partial(workspace, self), rates)
+
     @property
     def fingerprint(self) -> str:
         """Digest of everything that decides the bytes of the result."""
@@ -181,7 +167,12 @@ def plan_merge(
     as_adapter: bool,
     settings: Settings,
 ) -> MergePlan:
-    """Look at the headers of every input and decide what will be done.
+    """Return the plan of a merge, from the headers of every input.
+
+        plan = plan_merge(
+            ["a", "b"], method, {"density": 0.5}, base="base", onto=None, weights=None, out="merged", as_adapter=False,
+            settings=settings,
+        )
 
     Raises:
         UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
@@ -216,7 +207,7 @@ def plan_opened(
     recipe: FromRecipe | None = None,
     notes: Sequence[str] = (),
 ) -> MergePlan:
-    """Plan a merge of models that are open; arguments as the fields of `MergePlan`.
+    """Return the plan of a merge of models that are open; arguments as the fields of `MergePlan`.
 
     Raises:
         UsageError, InputError, ResourceError: the models do not go together, or there is no place for the result.
@@ -227,7 +218,7 @@ def plan_opened(
     sort = sort_tensors(reference, opened, allow_missing=settings.allow_missing)
     merged, copied = sorted(sort.merged, key=natural_key), sorted(sort.copied, key=natural_key)
     if as_adapter:
-        specs, rank = _adapter_tensors(opened, merged, method)
+        specs, rank = adapter_tensors(opened, merged, method)
         layout = Layout.plan(specs, settings.shard_bytes, single_file=ADAPTER_FILE)
     else:
         rank = None
@@ -248,7 +239,7 @@ def plan_opened(
 
 
 def block_elements(device_type: str) -> int:
-    """Return how many elements of one model are merged at a time; the bytes of results do not depend on workers."""
+    """Return how many elements of one model are merged at a time on a device of this type ('cpu', 'cuda')."""
     return GPU_BLOCK_ELEMENTS if device_type == "cuda" else BLOCK_ELEMENTS
 
 
@@ -283,20 +274,6 @@ def kept_bytes(plan: MergePlan, name: str) -> int:
     return 4 * plan.reference.tensors[name].count * (len(plan.models) + (plan.base is not None))
 
 
-def check_count(method: Method, count: int) -> None:
-    """Refuse a number of models that a method does not merge."""
-    fewest, most = method.models
-    if count < 2 and method.models == (2, None) and not method.needs_base:
-        raise UsageError("nothing to merge", remedy="give two models or more")
-    if count < fewest or (most is not None and count > most):
-        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
-        beside = " beside the base" if method.needs_base else ""
-        raise UsageError(
-            f"{method.name} merges {wanted} model{'' if wanted == '1' else 's'}{beside}, and {count} are given",
-            remedy=f"`basis methods show {method.name}` says what it does",
-        )
-
-
 def _bytes_of(model: Checkpoint | AdapterView, names: Sequence[str]) -> int:
     return sum(model.tensors[name].nbytes for name in names if name in model.tensors)
 
@@ -314,45 +291,3 @@ def _open(source: Source, base: Checkpoint | None) -> Model:
         return Checkpoint.open(source)
     assert base is not None  # find_base sees to it that adapters have one
     return AdapterView(Adapter(source), base)
-
-
-def _adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) -> tuple[list[TensorSpec], int]:
-    """Return the tensors of the adapter to write; one rank for all modules, which every serving engine can load."""
-    if not method.keeps_factors:
-        raise UsageError(
-            f"{method.name} cannot write an adapter", remedy="leave out --as-adapter, or use --method ortho"
-        )
-    views = [model for model in models if isinstance(model, AdapterView)]
-    if len(views) < len(models):
-        other = next(m for m in models if m not in views)
-        raise UsageError(
-            f"--as-adapter merges adapters, and {other.source.spec} is a full checkpoint",
-            remedy="leave out --as-adapter",
-        )
-    for view in views:
-        for name in merged:
-            if view.changes(name) and (not view.is_low_rank(name) or not view.is_linear(name)):
-                raise InputError(
-                    "the adapter trains something that no LoRA of linear layers can hold",
-                    file=view.source.path,
-                    tensor=name,
-                    remedy="leave out --as-adapter",
-                )
-    owners = {name: view for view in reversed(views) for name in view.modules}
-    rank = max(min(sum(v.rank_of(n) for v in views), *owner.linear_shape(n)) for n, owner in owners.items())
-    dtype = next(iter(views[-1].adapter.parts.tensors.values())).dtype
-    specs = []
-    for name in (name for name in merged if name in owners):
-        out_features, in_features = owners[name].linear_shape(name)
-        key_a, key_b = factor_keys(owners[name], name)
-        specs += [
-            TensorSpec(key_a, dtype, (rank, in_features)),
-            TensorSpec(key_b, dtype, (out_features, rank)),
-        ]
-    return specs, rank
-
-
-def factor_keys(view: AdapterView, name: str) -> tuple[str, str]:
-    """Return the names that PEFT gives the two factors of a weight."""
-    module = f"base_model.model.{view.modules[name]}"
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basiscli.checkpoints.adapter import AdapterView, Model
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.commands.merge.plan import KEPT_BYTES, MergePlan, block_elements, kept_bytes

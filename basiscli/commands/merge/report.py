@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from basiscli.checkpoints.adapter import AdapterView, Model
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.digests import stored_digest, weights_digest
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.plan import factor_keys
+from basiscli.commands.merge.as_adapter import factor_keys
+from basiscli.commands.merge.reproduce import merge_command
 from basiscli.commands.merge.run import MERGE, WRITE, MergeRun
 from basiscli.names import natural_key
 from basiscli.reports.facts import license_of, peak_memory_bytes, versions
-from basiscli.reports.reproduce import merge_command
 from basiscli.reports.schema import (
     Continuation,
     Cost,

@@ -15,11 +15,13 @@ from torch import Tensor
 from basiscli.checkpoints.digests import digest, file_digest
 from basiscli.checkpoints.dtypes import torch_dtype
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.checkpoints.scratch import write_file
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import PartialOutput, write_file
-from basiscli.commands.merge.plan import MergePlan, block_elements, factor_keys, is_decomposed, workspace
+from basiscli.checkpoints.writer import PartialOutput
+from basiscli.commands.merge.as_adapter import factor_keys
+from basiscli.commands.merge.plan import MergePlan, block_elements, is_decomposed, workspace
 from basiscli.commands.merge.reader import TensorReader
 from basiscli.engine.batches import in_batches
 from basiscli.engine.devices import within_memory

@@ -1,63 +1,115 @@
-"""`basis methods`."""
+"""`basis methods` and `basis methods show`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.command import Command, OwnMethod, command_points, load_command
+from basiscli.cli.fields import argument
+from basiscli.cli.options import Plugins
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
+from basiscli.cli.signature import NO_HELP, terminal_function
 
 if TYPE_CHECKING:
     from basiscli.registry import Registry
     from basiscli.transforms import Method
 
-app = typer.Typer(help="List the installed methods, or show one.", invoke_without_command=True)
+
+class ShowOptions(Plugins):
+    """Options of `basis methods show`."""
+
+    name: Annotated[str, argument("A method.", complete=lambda given: _names(given))]
 
 
-@app.callback()
-def methods(
-    context: typer.Context,
-    plugin: options.Plugins = None,
-    json: options.Json = False,
-) -> None:
-    """List the installed methods."""
-    if context.invoked_subcommand is not None:
-        return
-    out = Output(as_json=json, quiet=False)
-    with errors_shown(as_json=json):
-        from basiscli.registry import Registry
+def list_methods(options: Plugins, session: Session) -> None:
+    """Print a line for each method; one that does not load is a warning."""
+    from basiscli.registry import Registry
 
-        found, broken = _load_all(Registry.with_files(plugin or []))
-        for message in broken:
-            out.note(f"warning: {message}", warning=True)
-        rows = [[method.family, method.name, method.summary] for method in found]
-        out.result(
-            [_document(method) for method in found],
-            lambda: out.table(["command", "method", "what it does"], rows),
-        )
+    out = session.out
+    found, broken = _load_all(Registry.with_files(options.plugins))
+    for message in broken:
+        out.note(f"warning: {message}", warning=True)
+    own = _own_methods()
+    rows = [[method.family, method.name, method.summary] for method in found]
+    rows += [[command, method.name, method.summary] for command, method in own]
+    documents = [_document(method) for method in found]
+    out.result(
+        [*documents, *(method.as_dict(command) for command, method in own)],
+        lambda: out.table(["command", "method", "what it does"], rows),
+    )
 
 
-@app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A method.")],
-    plugin: options.Plugins = None,
-    json: options.Json = False,
-) -> None:
-    """Show a method: what it does, its parameters and its source."""
-    out = Output(as_json=json, quiet=False)
-    with errors_shown(as_json=json):
-        from basiscli.errors import UsageError, did_you_mean
-        from basiscli.registry import FAMILIES, Registry
+def show(options: ShowOptions, session: Session) -> None:
+    """Print what a method does, its parameters and its source."""
+    from basiscli.errors import UsageError, did_you_mean
+    from basiscli.registry import FAMILIES, Registry
 
-        registry = Registry.with_files(plugin or [])
-        families = [family for family in FAMILIES if name in registry.names(family)]
-        if not families:
-            known = [known for family in FAMILIES for known in registry.names(family)]
-            raise UsageError(f"no method '{name}'", remedy=did_you_mean(name, known))
-        found = [registry.find(family, name) for family in families]
-        out.result([_document(method) for method in found], lambda: _show(out, found))
+    name, registry = options.name, Registry.with_files(options.plugins)
+    families = [family for family in FAMILIES if name in registry.names(family)]
+    own = [(command, method) for command, method in _own_methods() if method.name == name]
+    if not families and not own:
+        raise UsageError(f"no method '{name}'", remedy=did_you_mean(name, _names({"plugins": options.plugins})))
+    found = [registry.find(family, name) for family in families]
+
+    def text() -> None:
+        _show(session.out, found)
+        for command, method in own:
+            session.out.line(f"basis {command}\n\n{method.doc}\n\nsource: {method.source}")
+
+    documents = [_document(method) for method in found]
+    session.out.result([*documents, *(method.as_dict(command) for command, method in own)], text)
+
+
+def group() -> typer.Typer:
+    """Return the application that lists methods, and shows one."""
+    listing = Command(
+        "methods", "List the installed methods.", __name__, options=Plugins, main=list_methods, terminal=("as_json",)
+    )
+    showing = Command(
+        "show", "Show a method: what it does, its parameters and its source.", __name__, options=ShowOptions, main=show,
+        terminal=("as_json",),
+    )  # fmt: skip
+    app = typer.Typer(
+        help="List the installed methods, or show one.", invoke_without_command=True, context_settings=NO_HELP
+    )
+    app.callback()(terminal_function(listing))
+    app.command("show", context_settings=NO_HELP)(terminal_function(showing))
+    return app
+
+
+def _names(given: Any) -> list[str]:
+    from basiscli.registry import FAMILIES, Registry
+
+    registry = Registry.with_files(list(given.get("plugins") or ()))
+    own = [method.name for _, method in _own_methods()]
+    return sorted({*own, *(name for family in FAMILIES for name in registry.names(family))})
+
+
+def _own_methods() -> list[tuple[str, OwnMethod]]:
+    """Return the methods that commands have built in, each with the words that use it."""
+    from basiscli.errors import UsageError
+
+    found = []
+    for point in command_points().values():
+        try:
+            command = load_command(point)
+        except UsageError:  # a line of warning when the application was put together
+            continue
+        found += [(method.usage or command.name, method) for method in command.own_methods]
+    return found
+
+
+def range_in_words(limits: Iterable[Any]) -> str:
+    """Return the range of a number as a person says it, such as '0 to 1' or 'above 0, at most 1'."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = {name: getattr(limit, name) for limit in limits for name in words if hasattr(limit, name)}
+    if "ge" in bounds and "le" in bounds:
+        return f"{bounds['ge']:g} to {bounds['le']:g}"
+    return ", ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items())
 
 
 def _load_all(registry: Registry) -> tuple[list[Method], list[str]]:
@@ -103,7 +155,7 @@ def _show(out: Output, found: list[Method]) -> None:
                 if one_each
                 else getattr(field.annotation, "__name__", str(field.annotation))
             )
-            limits = ", ".join(str(limit) for limit in limits_of(field))
+            limits = range_in_words(limits_of(field))
             rows.append(
                 [
                     name,

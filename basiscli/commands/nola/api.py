@@ -4,45 +4,27 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
+from basiscli.cli.keywords import keywords
 from basiscli.commands.kv.api import CompressResult
+from basiscli.commands.nola.options import NolaOptions, RandomBases
 from basiscli.commands.nola.plan import NolaPlan, NolaSettings, plan_nola
 from basiscli.engine.cluster import refuse_headers_only
-from basiscli.errors import GateFailed
+from basiscli.errors import GateFailed, UsageError
 from basiscli.hub.resolve import resolve
 from basiscli.progress import Progress, Silent
 
-
-class NolaOptions(TypedDict, total=False):
-    """What `compress_adapter` takes by name; it documents each."""
-
-    base: str | Path | None
-    rank: int | None
-    bits: int
-    output: str | Path | None
-    calibration: str | Path | None
-    weights_only: bool
-    steps: int
-    batch: int
-    length: int
-    learning_rate: float
-    min_fidelity: float
-    force: bool
-    device: str
-    seed: int
-    overwrite: bool
-    headers_only: bool
-
-
+__all__ = ["NolaOptions", "RandomBases", "compress_adapter", "plan", "plan_adapter", "run_adapter"]
 _SETTINGS = (
     "weights_only", "steps", "batch", "length", "learning_rate", "min_fidelity", "force", "device", "seed", "overwrite",
     "headers_only",
 )  # fmt: skip
 
 
+@keywords(NolaOptions)
 def compress_adapter(
-    adapter: str | Path, *, bases: int, progress: Progress | None = None, **options: Unpack[NolaOptions]
+    adapter: str | Path, *, bases: int, progress: Progress | None = None, **options: Any
 ) -> CompressResult:
     """Compress a LoRA adapter to 2·bases coefficients a module (NOLA) and return the new one's path and report.
 
@@ -56,19 +38,6 @@ def compress_adapter(
         progress: what to tell how far the work is.
         **options: by name:
 
-            base: the base; by default the one that the adapter names.
-            rank: of the result; by default the largest whose factors the bases span, 1 at least.
-            bits: of a coefficient: 16 (default), 8 or 4.
-            output: the folder to make; `./ADAPTER-nola` by default.
-            calibration: text, JSONL, a folder of them, or safetensors tokens; a small built-in mix by default.
-            weights_only: without a base, match the matrices s·B·A themselves.
-            steps, batch, length: of the training on logits: steps (0 for none), windows a step, tokens a window.
-            learning_rate: of AdamW, as a share of the size of the coefficients.
-            min_fidelity: the least share of the effect that must survive, 0.5 by default.
-            force: write the result all the same.
-            device, seed, overwrite: as for `merge`; the seed also names the bases.
-            headers_only: for `plan_adapter`, as for `merge`.
-
     Raises:
         GateFailed: less than `min_fidelity` survives.
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`. Nothing is then left under the output's
@@ -77,18 +46,24 @@ def compress_adapter(
     return run_adapter(plan_adapter(adapter, bases=bases, **options), progress or Silent())
 
 
-def plan_adapter(adapter: str | Path, *, bases: int, **options: Unpack[NolaOptions]) -> NolaPlan:
+@keywords(NolaOptions)
+def plan_adapter(adapter: str | Path, *, bases: int, **options: Any) -> NolaPlan:
     """Return the plan of such a compression without writing anything."""
-    calibration, base = options.get("calibration"), options.get("base")
-    given: dict[str, Any] = {name: options[name] for name in _SETTINGS if name in options}  # type: ignore[literal-required]
+    return plan(NolaOptions.of(adapter=adapter, bases=bases, **options))
+
+
+def plan(options: NolaOptions) -> NolaPlan:
+    """Return the plan of what the options ask for."""
+    if options.bases is None:
+        raise UsageError("--method nola needs the number of bases", remedy="--bases 256 stores 512 numbers a module")
     return plan_nola(
-        resolve(str(adapter), headers_only=options.get("headers_only", False)),
-        base=None if base is None else str(base),
-        bases=bases,
-        rank=options.get("rank"),
-        bits=options.get("bits", 16),
-        out=options.get("output"),
-        settings=NolaSettings(calibration=None if calibration is None else str(calibration), **given),
+        resolve(options.adapter, headers_only=options.headers_only),
+        base=options.base,
+        bases=options.bases,
+        rank=options.rank,
+        bits=options.bits,
+        out=options.output,
+        settings=NolaSettings(calibration=options.calibration, **{name: getattr(options, name) for name in _SETTINGS}),
     )
 
 
@@ -96,8 +71,9 @@ def run_adapter(plan: NolaPlan, progress: Progress) -> CompressResult:
     """Carry out a plan."""
     started = time.monotonic()
     refuse_headers_only(plan.settings.headers_only)
-    from basiscli.checkpoints.writer import REPORT
-    from basiscli.commands.nola.report import build_nola_report, nola_files
+    from basiscli.checkpoints.files import REPORT
+    from basiscli.commands.nola.card import nola_files
+    from basiscli.commands.nola.report import build_nola_report
     from basiscli.commands.nola.run import NolaRun
     from basiscli.engine.devices import choose_device
     from basiscli.engine.partial import partial_output

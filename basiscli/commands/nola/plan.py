@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView
 from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
@@ -17,6 +18,7 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
+from basiscli.engine.rates import MEASURED, Rates
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve, resolve_base
 from basiscli.model.architecture import loaded_names
@@ -85,6 +87,9 @@ class NolaPlan:
     def coefficients(self) -> int:
         """How many there are."""
         return sum(sum(self.counts(module)) for module in self.modules)
+
+    def price(self, rates: Rates = MEASURED) -> None:
+        """Return None: how long coefficients take to fit was not measured, and is not guessed."""
 
     @property
     def fingerprint(self) -> str:

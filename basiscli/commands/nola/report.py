@@ -1,19 +1,14 @@
-"""The report of an adapter that was compressed to coefficients of random bases, and the files beside them."""
+"""The report of an adapter that was compressed to coefficients of random bases."""
 
 from __future__ import annotations
 
-import json
-import shlex
 from datetime import UTC, datetime
-from pathlib import Path
 
 from basiscli.checkpoints.digests import stored_digest, weights_digest
-from basiscli.checkpoints.files import ADAPTER_CONFIG
-from basiscli.checkpoints.nola import nola_config
 from basiscli.commands.nola.plan import NolaPlan
+from basiscli.commands.nola.reproduce import nola_command
 from basiscli.commands.nola.run import NolaRun, numbers_of
 from basiscli.names import natural_key
-from basiscli.reports.card import card, metadata_of
 from basiscli.reports.facts import checkpoint_record, common_license, license_of, peak_memory_bytes, versions
 from basiscli.reports.schema import (
     AdapterRecord,
@@ -46,7 +41,7 @@ def build_nola_report(run: NolaRun, *, seconds: float) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         method=MethodRecord(name="nola", parameters=parameters, source=SOURCE),
         sources=sources,
-        reproduce=_command(plan),
+        reproduce=nola_command(plan),
         seed=settings.seed,
         notes=[*plan.notes, *common_license(sources)[1]],
         numbers=dict(numbers_of(run)),
@@ -86,26 +81,6 @@ def build_nola_report(run: NolaRun, *, seconds: float) -> Report:
     )
 
 
-def nola_files(plan: NolaPlan, report: Report) -> dict[str, bytes]:
-    """Return the adapter's configuration and its card."""
-    lora = plan.adapter.config
-    config = nola_config(
-        {module.name: [module.in_features, module.out_features] for module in plan.modules},
-        base=lora.get("base_model_name_or_path"), task_type=lora.get("task_type"), rank=plan.rank, bases=plan.bases,
-        alpha=plan.rank, rslora=False, seed=plan.settings.seed, transposed=bool(lora.get("fan_in_fan_out")),
-    )  # fmt: skip
-    usage = (
-        "import basiscli.runtime.nola  # registers NOLA with PEFT\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{lora.get("base_model_name_or_path") or "BASE"}")\n'
-        f'model = PeftModel.from_pretrained(base, "{plan.out.name}")'
-    )
-    metadata = metadata_of(plan.adapter.source, "adapter", report, library="peft", tag="lora")
-    return {
-        ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        "README.md": card(metadata, plan.out.name, report, usage=usage),
-    }
-
-
 def _adapter_record(plan: NolaPlan) -> SourceRecord:
     source, stored = plan.adapter.source, plan.adapter.weights.tensors
     return SourceRecord(
@@ -117,18 +92,3 @@ def _adapter_record(plan: NolaPlan) -> SourceRecord:
         license=license_of(source),
         digest=weights_digest(stored.values(), {name: stored_digest(tensor) for name, tensor in stored.items()}),
     )
-
-
-def _command(plan: NolaPlan) -> str:
-    settings = plan.settings
-    words = ["basis", "compress", plan.adapter.source.label, "--method", "nola", "--bases", str(plan.bases)]
-    words += ["--rank", str(plan.rank), "--bits", str(plan.bits)]
-    if plan.base is None:
-        words += ["--weights-only"]
-    else:
-        words += ["--base", plan.base.source.label]
-        words += ["--calibration", Path(settings.calibration).name] if settings.calibration else []
-        words += ["--steps", str(settings.steps), "--batch", str(settings.batch), "--length", str(settings.length)]
-        words += ["--learning-rate", f"{settings.learning_rate:g}"]
-    words += ["--min-fidelity", f"{settings.min_fidelity:g}", *(["--force"] if settings.force else [])]
-    return shlex.join([*words, *(["--seed", str(settings.seed)] if settings.seed else [])])

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.files import ADAPTER, read_json
-from basiscli.checkpoints.source import is_hub_id, models_in
-from basiscli.checkpoints.writer import JOURNAL
+from basiscli.checkpoints.shards import JOURNAL
+from basiscli.checkpoints.source import models_in
+from basiscli.cli.keywords import keywords
+from basiscli.commands.push.options import PushOptions
 from basiscli.commands.verify.api import verify
 from basiscli.errors import InputError, UsageError
-from basiscli.hub.client import Pushed, check_login, upload
+from basiscli.hub.client import Pushed, check_login, parse_target, upload
 from basiscli.progress import Progress, Silent
 from basiscli.reports.schema import read_report
 from basiscli.runtime.export import exported_files
@@ -50,16 +52,8 @@ class PushResult:
         return asdict(self) | {"path": str(self.path)}
 
 
-def push(
-    folder: str | Path,
-    target: str,
-    *,
-    private: bool = False,
-    create_pr: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-    progress: Progress | None = None,
-) -> PushResult:
+@keywords(PushOptions)
+def push(folder: str | Path, target: str, *, progress: Progress | None = None, **options: Any) -> PushResult:
     """Push an output to the Hub, in one commit.
 
     Every tensor is checked first, as `verify` does. An interrupted push goes on where it stopped when it is given
@@ -68,31 +62,33 @@ def push(
     Args:
         folder: what a command wrote; of `init`, the folder with `adapter/` and `residual/`, or one of them.
         target: `org/name`, or `org/name@branch`; model and branch are made where they do not exist.
-        private: make it private. A model that exists in public is refused.
-        create_pr: open a pull request instead of committing.
-        revision: the branch, 'main' by default.
-        message: of the commit.
         progress: what to tell how far the work is.
+        **options: by name:
 
     Raises:
         UsageError: no Hub id, or the folder is what an interrupted run left.
         InputError: the folder is damaged, holds no model, or links lead out of it.
         HubError: nobody is logged in, no right to write, network.
     """
-    repo_id, branch = parse_target(target, revision, create_pr=create_pr)
-    place, shown = Path(folder).expanduser().resolve(), progress or Silent()
+    return run(PushOptions.of(folder=folder, target=target, **options), progress or Silent())
+
+
+def run(options: PushOptions, progress: Progress) -> PushResult:
+    """Do what the options ask for."""
+    repo_id, branch = parse_target(options.target, options.revision, create_pr=options.create_pr)
+    place = Path(options.folder).expanduser().resolve()
     files, left_out = _files(place)
     check_login(repo_id)
-    check = verify(place, progress=shown)
+    check = verify(place, progress=progress)
     report = read_report(place)
     done: Pushed = upload(
         files,
         repo_id,
-        private=private,
-        create_pr=create_pr,
+        private=options.private,
+        create_pr=options.create_pr,
         revision=branch,
-        message=message or f"{report.command if report else 'Push'} with basis {__version__}",
-        progress=shown,
+        message=options.message or f"{report.command if report else 'Push'} with basis {__version__}",
+        progress=progress,
     )
     return PushResult(
         path=place,
@@ -107,23 +103,6 @@ def push(
         left_out=left_out,
         removed=done.removed,
     )
-
-
-def parse_target(target: str, revision: str | None = None, *, create_pr: bool = False) -> tuple[str, str]:
-    """Return the Hub id and the branch of `org/name` or `org/name@branch`.
-
-    Raises:
-        UsageError: it is neither, there are two branches, or a pull request against another branch than main.
-    """
-    repo_id, at, named = target.partition("@")
-    if not is_hub_id(target):
-        raise UsageError(f"not a Hub id: '{target}'", remedy="write org/name or org/name@branch")
-    if at and revision is not None:
-        raise UsageError(f"two revisions: {named} and {revision}", remedy="give one")
-    branch = (named if at else revision) or "main"
-    if create_pr and branch != "main":
-        raise UsageError("the Hub opens pull requests against main", remedy="leave out the branch, or --create-pr")
-    return repo_id, branch
 
 
 def _files(place: Path) -> tuple[dict[str, Path], list[str]]:

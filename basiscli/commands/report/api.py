@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from basiscli.checkpoints.writer import REPORT
+from basiscli.checkpoints.files import REPORT
+from basiscli.commands.report.contributors import contributor_of
 from basiscli.errors import InputError, ResourceError, UsageError
 from basiscli.reports.blocks import Section
 from basiscli.reports.evaluations import EvaluationRecord, read_evaluation
@@ -26,9 +27,9 @@ class ReportPage:
     @cached_property
     def sections(self) -> list[Section]:
         """What the report has to say: the same sections for every transform, as plain data."""
-        from basiscli.reports.sections import sections
+        from basiscli.reports.page import sections
 
-        return sections(self.report, self.evaluations)
+        return sections(self.report, contributor_of(self.report), self.evaluations)
 
     @property
     def numbers(self) -> list[NamedNumber]:

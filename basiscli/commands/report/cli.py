@@ -1,66 +1,59 @@
-"""`basis report`."""
+"""`basis report`: its options, and what the terminal shows of it."""
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from basiscli.cli import options
-from basiscli.cli.output import Output, errors_shown
+from basiscli.cli.fields import ModelName, Options, argument, option
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
 from basiscli.errors import UsageError
 
 if TYPE_CHECKING:
     from basiscli.commands.report.api import ReportPage
 
 
-def report(
-    folder: Annotated[str, typer.Argument(help="What merge, compress, init or extract made.")] = ".",
+class ReportOptions(Options):
+    """Options of `basis report`."""
+
+    folder: Annotated[ModelName, argument("What merge, compress, init or extract made.")] = "."
     html: Annotated[
         Path | None,
-        typer.Option(
-            help="File to write the page to. [default: FOLDER-report.html beside the folder]", show_default=False
-        ),
-    ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead.")] = False,
-    numbers: Annotated[bool, typer.Option("--numbers", help="Print the named numbers and what they mean.")] = False,
+        option("File to write the page to.", default="FOLDER-report.html beside the folder"),
+    ] = None
+    markdown: Annotated[bool, option("Print Markdown instead.")] = False
+    numbers: Annotated[bool, option("Print the named numbers and what they mean.")] = False
     evaluations: Annotated[
-        list[Path] | None,
-        typer.Option("--eval", help="What `basis eval --json` printed, to be shown with it; repeatable."),
-    ] = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Show what a run did: as a page with pictures, as Markdown, or as named numbers.
+        list[Path],
+        option(
+            "What `basis eval --json` printed, to be shown with it; repeatable.", "--eval", metavar="FILE", repeat=True
+        ),
+    ] = []  # noqa: RUF012
 
-    The page is one file without scripts that loads nothing. `--json` prints the report itself, with `--numbers` the
-    numbers and their meanings, and with `--html` where the page is. `--numbers` alone, in a folder without a report,
-    lists every number that gates can be written over.
-    """
-    out = Output(as_json=json, quiet=quiet)
-    with errors_shown(as_json=json):
-        if (html is not None) + markdown + numbers > 1 or (markdown and json):
-            raise UsageError(
-                "--html, --markdown, --numbers: more than one", remedy="give one; --json goes with the others"
-            )
-        from basiscli.checkpoints.writer import REPORT
-        from basiscli.commands.report.api import report as read
 
-        if numbers and folder == "." and not Path(REPORT).exists():
-            _show_known(out)
-            return
-        page = read(folder, evaluations=evaluations or [])
-        if numbers:
-            _show_numbers(out, page)
-        elif markdown:
-            out.line(page.markdown())
-        elif json and html is None:
-            out.result(json_module.loads(page.report.model_dump_json()), lambda: None)
-        else:
-            written = page.write_html(html)
-            out.result({"output": str(written)}, lambda: out.line(str(written)))
+def main(options: ReportOptions, session: Session) -> None:
+    """Show a report in the form that was asked for."""
+    out, as_json = session.out, session.told.as_json
+    if (options.html is not None) + options.markdown + options.numbers > 1 or (options.markdown and as_json):
+        raise UsageError("--html, --markdown, --numbers: more than one", remedy="give one; --json goes with the others")
+    from basiscli.checkpoints.files import REPORT
+    from basiscli.commands.report.api import report
+
+    if options.numbers and options.folder == "." and not Path(REPORT).exists():
+        _show_known(out)
+        return
+    page = report(options.folder, evaluations=options.evaluations)
+    if options.numbers:
+        _show_numbers(out, page)
+    elif options.markdown:
+        out.line(page.markdown())
+    elif as_json and options.html is None:
+        out.result(json.loads(page.report.model_dump_json()), lambda: None)
+    else:
+        written = page.write_html(options.html)
+        out.result({"output": str(written)}, lambda: out.line(str(written)))
 
 
 def _show_numbers(out: Output, page: ReportPage) -> None:

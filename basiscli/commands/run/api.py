@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
-from basiscli.commands.merge.api import MergeResult, RunOptions, run_merge
-from basiscli.commands.merge.plan import MergePlan
+from basiscli.cli.keywords import keywords
+from basiscli.commands.merge.api import MergePlan, MergeResult, run_merge
 from basiscli.commands.run.mergekit import KEYS, is_mergekit, parse_mergekit
+from basiscli.commands.run.options import RunOptions
 from basiscli.commands.run.reading import read_yaml
 from basiscli.engine.cluster import cluster_of
 from basiscli.engine.settings import run_settings
@@ -33,12 +35,13 @@ class RunResult:
     """Of a recipe in mergekit's format."""
 
 
+@keywords(RunOptions)
 def run(
     recipe: str | Path,
     *,
     progress: Progress | None = None,
     finished: Callable[[StepResult], None] | None = None,
-    **options: Unpack[RunOptions],
+    **options: Any,
 ) -> RunResult:
     """Run a recipe and return what it made.
 
@@ -47,13 +50,6 @@ def run(
         progress: what to tell how far the work is.
         finished: called with the result of each step of a pipeline.
         **options: by name:
-
-            output: the folder to make, or to hold a folder a step; by default called as the recipe.
-            overwrite: replace an earlier output of basis; a pipeline always replaces what it made itself.
-            headers_only: for `plan_run` of a recipe in mergekit's format, as for `merge`.
-            plugins, device, dtype, shard_size, workers, memory, seed, resume, allow_nonfinite, allow_missing,
-                trust_remote_code, engine, ray_address: as for `merge`, of a recipe in mergekit's format; a pipeline's
-                steps have their own.
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
@@ -66,15 +62,28 @@ def run(
     return RunResult(planned.folder, planned.run(progress or Silent(), finished or (lambda result: None)))
 
 
-def plan_run(recipe: str | Path, **options: Unpack[RunOptions]) -> MergePlan | Pipeline:
+def do(options: RunOptions, progress: Progress) -> RunResult:
+    """Run what the options ask for."""
+    return run(**options.given(), progress=progress)
+
+
+@keywords(RunOptions)
+def plan_run(recipe: str | Path, **options: Any) -> MergePlan | Pipeline:
     """Read a recipe and return the plan of its merge, or its pipeline, without writing anything."""
-    file, output = Path(recipe), options.get("output")
+    return plan(RunOptions.of(recipe=recipe, **options))
+
+
+def plan(options: RunOptions) -> MergePlan | Pipeline:
+    """Read the recipe that the options name; see `plan_run`."""
+    file, output = options.recipe, options.output
     table = read_yaml(file)
     if is_mergekit(table):
         from basiscli.commands.run.mergekit_plan import plan_mergekit
 
-        registry = Registry.with_files([Path(plugin) for plugin in options.get("plugins", ())])
-        settings = run_settings(options, cluster_of(options, plan_run, str(file)))
+        registry = Registry.with_files(options.plugins)
+        settings = run_settings(
+            dict(options), cluster_of(dict(options), partial(_plan_of_merge, options.on_a_worker()))
+        )
         return plan_mergekit(parse_mergekit(table, file), file, registry, out=output, settings=settings)
     if "steps" not in table:
         key = next(iter(table), "")
@@ -86,7 +95,7 @@ def plan_run(recipe: str | Path, **options: Unpack[RunOptions]) -> MergePlan | P
     from basiscli.commands.run.pipeline import Pipeline
     from basiscli.commands.run.steps import read_steps
 
-    strange = sorted(set(options) - {"output", "overwrite", "headers_only"})
+    strange = sorted(set(options.given()) - {"recipe", "output", "overwrite", "headers_only"})
     if strange:
         raise UsageError(
             f"{', '.join(strange)}: the steps of a pipeline have options of their own",
@@ -94,4 +103,10 @@ def plan_run(recipe: str | Path, **options: Unpack[RunOptions]) -> MergePlan | P
             remedy="write them into the recipe's steps",
         )
     folder = Path(output if output is not None else file.stem).expanduser().resolve()
-    return Pipeline(file, read_steps(table, file), folder, options.get("overwrite", False))
+    return Pipeline(file, read_steps(table, file), folder, options.overwrite)
+
+
+def _plan_of_merge(options: RunOptions) -> MergePlan:
+    planned = plan(options)
+    assert isinstance(planned, MergePlan)  # what the driver read is there on every machine
+    return planned

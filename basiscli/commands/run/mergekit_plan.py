@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from basiscli.checkpoints.adapter import Adapter, AdapterView, Model
+from basiscli.checkpoints.adapter import Adapter
+from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.dtypes import parse_dtype
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.merge.plan import FromRecipe, MergePlan, check_count, plan_opened
+from basiscli.commands.merge.api import FromRecipe, MergePlan, check_count, plan_opened
 from basiscli.commands.run.mergekit import IGNORED, InputSlice, MergekitRecipe, ModelName, OutputSlice
 from basiscli.commands.run.parameters import TensorParameters
 from basiscli.commands.run.reading import in_recipe

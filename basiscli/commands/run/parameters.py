@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from basiscli.commands.merge.inputs import check_weights
+from basiscli.commands.merge.api import check_weights
 from basiscli.commands.run.mergekit import IGNORED, MergekitRecipe, OutputSlice
 from basiscli.commands.run.reading import in_recipe
 from basiscli.commands.run.setting import Scalar, Setting, value_at

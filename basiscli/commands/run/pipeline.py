@@ -13,16 +13,13 @@ from typing import Any
 from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.source import Source, is_hub_id
 from basiscli.commands.run.state import STATE, State, digest_of
-from basiscli.commands.run.steps import INPUTS, Step
+from basiscli.commands.run.steps import Step
 from basiscli.errors import BasisError, InputError, UsageError
 from basiscli.gates import Outcome, failure_of
 from basiscli.hub.resolve import resolve
 from basiscli.names import for_json
 from basiscli.progress import Progress
 from basiscli.version import __version__
-
-_FILES = ("plugins",)  # options that name files whose contents decide the result, and that no step makes
-_INDIFFERENT = frozenset({"workers", "memory"})  # any of them gives the same bytes
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,9 @@ class Pipeline:
 
     def place(self, step: Step) -> Path | None:
         """Return where a step's result goes: a folder, or the file of an evaluation's figures; None for a push."""
-        if step.word == "push":
+        if step.command.makes == "commit":
             return None
-        return self.folder / (f"{step.name}.json" if step.word == "eval" else step.name)
+        return self.folder / (f"{step.name}.json" if step.command.makes == "figures" else step.name)
 
     def key(self, step: Step, outputs: Mapping[str, Path], *, headers_only: bool = False) -> str:
         """Return a digest of all that decides a step's result: its words, its options, the contents of its inputs.
@@ -114,43 +111,36 @@ class Pipeline:
             outputs: what earlier steps made.
             headers_only: of models of the Hub that are not here fetch headers alone, which give the same key.
         """
-        inputs = {"": step.given, **{name: [str(step.options[name])] for name in INPUTS & set(step.options)}}
+        inputs = {"": step.given, **{name: [str(step.options[name])] for name in step.inputs}}
         contents = {
             name: [self._content(step, meant(word, outputs), headers_only=headers_only) for word in words]
             for name, words in inputs.items()
         }
-        for name in _FILES:
+        for name in step.sources:
             given = step.options.get(name) or []
             contents[name] = [self.state.content(Path(one)) for one in given if Path(one).exists()]
-        options = {name: value for name, value in step.options.items() if name not in _INDIFFERENT}
-        return digest_of([__version__, step.word, step.given, options, contents])
+        return digest_of([__version__, step.word, step.given, step.decisive, contents])
 
     # One step ---------------------------------------------------------------------------------------------------------
 
     def _do(self, step: Step, key: str, outputs: Mapping[str, Path], progress: Progress) -> None:
         given, options = inputs_of(step, outputs)
-        function, place = step.command.load(step.command.function), self.place(step)
+        command, place = step.command, self.place(step)
         if place is None:
-            pushed = function(given[0], options.pop("to"), progress=progress, **options)
+            pushed = command.do(step.bound(given, options), progress)
             self.state.record(step.name, key, None, {}, pushed.url)
             return
         ours = step.name in self.state.steps
         if not ours and not place.exists():
             self.state.begin(step.name)  # whatever ends this run, the next one may replace what it finds here
-        if step.word == "eval":
-            evaluation = function(given[0], progress=progress, **options)
+        if command.makes == "figures":
+            evaluation = command.do(step.bound(given, options), progress)
             place.write_text(json.dumps(for_json(evaluation.as_dict()), indent=1, allow_nan=False) + "\n")
             self.state.record(step.name, key, place, evaluation.numbers, None)
             return
         if ours and _is_bare_adapter(place):
             shutil.rmtree(place)  # `expand` writes no report, by which `--overwrite` would know it
-        made = function(
-            given if step.word == "merge" else given[0],
-            output=place,
-            progress=progress,
-            overwrite=self.overwrite or ours,
-            **options,
-        )
+        made = command.do(step.bound(given, options, output=place, overwrite=self.overwrite or ours), progress)
         report = getattr(made, "report", None)
         self.state.record(step.name, key, place, report.numbers if report else {}, None)
 
@@ -158,7 +148,7 @@ class Pipeline:
         """Return what identifies an input, with the base that it names itself if the step names none."""
         place = Path(word).expanduser()
         if not place.exists():
-            if step.word == "push" or not is_hub_id(word):
+            if step.command.makes == "commit" or not is_hub_id(word):
                 return None  # a file that is missing, which the command says
             source = resolve(word, headers_only=headers_only)
             return f"{source.repo_id}@{source.revision}"
@@ -211,7 +201,7 @@ class Pipeline:
 
 def words_of(step: Step) -> list[str]:
     """Return the words of a step that may name what another step made."""
-    return [*step.given, *(str(step.options[name]) for name in sorted(INPUTS & set(step.options)))]
+    return [*step.given, *(str(step.options[name]) for name in step.inputs)]
 
 
 def meant(word: str, outputs: Mapping[str, Path]) -> str:
@@ -223,7 +213,8 @@ def meant(word: str, outputs: Mapping[str, Path]) -> str:
 
 def inputs_of(step: Step, outputs: Mapping[str, Path]) -> tuple[list[str], dict[str, Any]]:
     """Return what comes after the command, and the options, with paths in the place of steps' names."""
-    options = {k: meant(str(v), outputs) if k in INPUTS and v is not None else v for k, v in step.options.items()}
+    inputs = step.inputs
+    options = {k: meant(str(v), outputs) if k in inputs else v for k, v in step.options.items()}
     return [meant(word, outputs) for word in step.given], options
 
 

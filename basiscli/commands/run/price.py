@@ -17,7 +17,7 @@ from basiscli.checkpoints.sidecars import sidecar_files
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.run.pipeline import Pipeline, inputs_of, of_step, words_of
 from basiscli.commands.run.steps import Step
-from basiscli.engine.pricing import Price, price_of
+from basiscli.engine.pricing import Price
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,17 @@ def price(pipeline: Pipeline) -> list[StepPlan]:
 
 def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow: Path) -> StepPlan | None:
     """Plan a step and leave a hollow folder, its shadow, in the place of its result; None for one without a plan."""
-    if step.command.planner is None:
+    if step.command.plan is None:
         return None
     given, options = inputs_of(step, outputs)
-    planner = step.command.load(step.command.planner)
     with of_step(step):
-        planned = planner(given if step.word == "merge" else given[0], output=shadow, headers_only=True, **options)
+        planned = step.command.planned(step.bound(given, options, output=shadow, headers_only=True))
     planned.close()
     layout: Layout = planned.layout
-    model = planned.reference if step.word == "merge" else getattr(planned, "model", None)
+    model = getattr(planned, "reference", None) or getattr(planned, "model", None)
     if model is not None and layout.shards:
-        rank = planned.adapter_rank if step.word == "merge" else getattr(planned, "rank", None)
-        _hollow(layout, model, rank, shadow)
-    found = price_of(planned)
+        _hollow(layout, model, getattr(planned, "adapter_rank", None) or getattr(planned, "rank", None), shadow)
+    found = planned.price()
     read, write = (None, layout.nbytes) if found is None else (found.read_bytes, found.write_bytes)
     return StepPlan(step.name, step.word, place, False, read, write, getattr(planned, "peak_bytes", None), found)
 

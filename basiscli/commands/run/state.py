@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from basiscli.checkpoints.digests import file_digest
-from basiscli.checkpoints.writer import REPORT
+from basiscli.checkpoints.files import REPORT
 from basiscli.version import __version__
 
 STATE = "basis_pipeline.json"

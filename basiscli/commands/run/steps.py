@@ -9,59 +9,30 @@
         text: held-out.txt
         fail_if: perplexity > 20
 
-The options are not written down a second time: they are the functions' own signatures.
+The options are not written down a second time: they are those that the commands declare.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Required, Unpack, get_args, get_origin
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from basiscli.commands.evaluate.api import number_names
+from basiscli.cli.command import Command, command_points, load_command
+from basiscli.cli.fields import Options, options_of, plain_type
 from basiscli.commands.run.reading import Strict, in_recipe, parse
 from basiscli.commands.run.state import STATE
-from basiscli.errors import InputError, did_you_mean
+from basiscli.errors import InputError, UsageError, did_you_mean
 from basiscli.gates import Gate, parse_gate
 
-
-@dataclass(frozen=True)
-class Command:
-    """What a step can do: a Python function, and the one that only plans the same."""
-
-    module: str
-    function: str
-    planner: str | None = None
-
-    def load(self, name: str) -> Callable[..., Any]:
-        """Return one of the two."""
-        found: Callable[..., Any] = getattr(import_module(self.module), name)
-        return found
-
-
-COMMANDS = {
-    "merge": Command("basiscli.commands.merge.api", "merge", "plan_merge"),
-    "init": Command("basiscli.commands.init.api", "init", "plan_init"),
-    "extract": Command("basiscli.commands.init.api", "extract", "plan_extract"),
-    "compress": Command("basiscli.commands.kv.api", "compress", "plan_compress"),
-    "expand": Command("basiscli.commands.expand.api", "expand"),
-    "eval": Command("basiscli.commands.evaluate.api", "evaluate"),
-    "push": Command("basiscli.commands.push.api", "push"),
-}
-_NOLA = Command("basiscli.commands.nola.api", "compress_adapter", "plan_adapter")
-INPUTS = frozenset({"base", "onto", "initial", "against", "calibration", "text", "task_path"})
-"""Options that name a model or a file. There, and after the command, a step's name stands for its result."""
 _ABOUT = frozenset({"name", "fail_if"})
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)
-_OURS = frozenset({"output", "progress", "overwrite", "resume", "headers_only"})  # the pipeline's business
 
 
 class Recipe(Strict):
@@ -75,18 +46,47 @@ class Step:
     """One command of a pipeline."""
 
     name: str
-    word: str
-    """The command's, as the command line has it."""
     command: Command
     given: list[str]
     """What comes after the command: models, or one model, adapter or folder."""
     options: Mapping[str, Any]
+    """By the names of the command's model."""
     gates: list[Gate]
+
+    @property
+    def word(self) -> str:
+        """The command's name, as the command line has it."""
+        return self.command.name
 
     @property
     def makes_model(self) -> bool:
         """Whether it writes a folder that later steps can use."""
-        return self.word not in {"eval", "push"}
+        return self.command.makes == "model"
+
+    @property
+    def inputs(self) -> list[str]:
+        """The options that name a model or a file, where an earlier step's name stands for its result."""
+        meanings = options_of(self.command.model)
+        return sorted(name for name in self.options if meanings[name].names is not None)
+
+    @property
+    def sources(self) -> list[str]:
+        """The options that name files whose contents decide the result, and that no step makes."""
+        return sorted(name for name, meaning in options_of(self.command.model).items() if meaning.contents)
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the result: not how much is done at a time."""
+        meanings = options_of(self.command.model)
+        return {name: value for name, value in self.options.items() if not meanings[name].same_bytes}
+
+    def bound(self, given: list[str], options: Mapping[str, Any], **more: Any) -> Options:
+        """Return the command's options for these inputs, and of `more` those that the command has."""
+        model = self.command.model
+        first = _argument(model)
+        words = given if plain_type(model.model_fields[first]) == list[str] else given[0]
+        known = {name: value for name, value in more.items() if name in model.model_fields}
+        return model.of(**{first: words}, **options, **known)
 
 
 def read_steps(table: Mapping[str, Any], file: Path) -> list[Step]:
@@ -106,33 +106,50 @@ def read_steps(table: Mapping[str, Any], file: Path) -> list[Step]:
     return steps
 
 
+def commands() -> dict[str, Command]:
+    """Return the installed commands that can be steps, by name; one that does not load is none."""
+    found = {}
+    for name, point in command_points().items():
+        try:
+            command = load_command(point)
+        except UsageError:
+            continue
+        if command.makes is not None:
+            found[name] = command
+    return found
+
+
 def _step(given: Mapping[str, Any], where: str, file: Path, taken: list[str]) -> Step:
-    commands = [key for key in given if key in COMMANDS]
-    if len(commands) != 1:
+    known = commands()
+    words = [key for key in given if key in known]
+    if len(words) != 1:
         unknown = next((key for key in given if key not in _ABOUT), "")
-        remedy = "a step has one command" if commands else did_you_mean(unknown, COMMANDS)
-        raise InputError(f"{where}: {' and '.join(commands) or 'no command'}", file=file, remedy=remedy)
-    word = commands[0]
-    command = command_of(word, given.get("method"))
-    checked: BaseModel = parse(schema_of(word, given.get("method")), given, file, where)
-    words, fail_if = getattr(checked, word), getattr(checked, "fail_if", None) or []
-    options = {key: value for key, value in checked if key in checked.model_fields_set - _ABOUT - {word}}
-    if command is _NOLA:
-        del options["method"]
+        remedy = "a step has one command" if words else did_you_mean(unknown, known)
+        raise InputError(f"{where}: {' and '.join(words) or 'no command'}", file=file, remedy=remedy)
+    word = words[0]
+    command = known[word].chosen({name: value for name, value in given.items() if name == "method"})
+    with in_recipe(file, where):
+        checked: BaseModel = parse(_schema(command), given, file, where)
+    inputs, fail_if = getattr(checked, word), getattr(checked, "fail_if", None) or []
+    spelled = {meaning.recipe or name: name for name, meaning in options_of(command.model).items()}
+    options = {
+        spelled[key]: value
+        for key, value in checked
+        if key in checked.model_fields_set - _ABOUT - {word} and value is not None
+    }
     name = getattr(checked, "name", None) or _free(word, taken)
     if not _NAME.fullmatch(name) or name == Path(STATE).stem:
         raise InputError(
             f"{where}: '{name}' is no name for a step", file=file, remedy="letters, digits, - and _, up to 100"
         )
+    step = Step(name, command, [str(one) for one in inputs] if isinstance(inputs, list) else [str(inputs)], options, [])
     with in_recipe(file, f"{where}.fail_if"):
         gates = [parse_gate(text) for text in ([fail_if] if isinstance(fail_if, str) else fail_if)]
-        if word == "eval":
-            timed, tasks = options.get("contexts") or (), options.get("tasks") or ()
-            known = number_names(pair="against" in options, contexts=timed, tasks=tasks)
+        if gates and command.numbers is not None:
+            numbers = command.load(command.numbers)(step.bound(step.given, options))
             for gate in gates:
-                gate.check_names(known)
-    given_words = [str(one) for one in words] if isinstance(words, list) else [str(words)]
-    return Step(name, word, command, given_words, options, gates)
+                gate.check_names(numbers)
+    return Step(step.name, command, step.given, options, gates)
 
 
 def _free(command: str, taken: list[str]) -> str:
@@ -140,37 +157,26 @@ def _free(command: str, taken: list[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def command_of(word: str, method: Any = None) -> Command:
-    """Return the command that a step's word stands for; `compress` is two, and the method tells them apart."""
-    return _NOLA if word == "compress" and method == "nola" else COMMANDS[word]
-
-
-def schema_of(word: str, method: Any = None) -> type[BaseModel]:
-    """Return the pydantic model of a step: the command's argument, a name, gates, and the function's options."""
-    return _schema(word, command_of(word, method))
+def _argument(model: type[Options]) -> str:
+    """Return the name of what comes after the command."""
+    return next(name for name, meaning in options_of(model).items() if meaning.argument)
 
 
 @cache
-def _schema(word: str, command: Command) -> type[BaseModel]:
-    function = command.load(command.function)
-    hints = typing.get_type_hints(function)
-    fields: dict[str, Any] = {word: (list[str] if word == "merge" else str, ...), "name": (str | None, None)}
-    if word == "push":
-        fields["to"] = (str, ...)
-    elif word != "expand":  # it has no numbers
+def _schema(command: Command) -> type[BaseModel]:
+    """Return the pydantic model of a step: the command's argument, a name, gates, and the command's options."""
+    model, first = command.model, _argument(command.model)
+    many = plain_type(model.model_fields[first]) == list[str]
+    fields: dict[str, Any] = {command.name: (list[str] if many else str, ...), "name": (str | None, None)}
+    if "fail_if" in command.terminal:
         fields["fail_if"] = (str | list[str] | None, None)
-    if command is _NOLA:
-        fields["method"] = (Literal["nola"], ...)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name not in _OURS:
-            required = parameter.default is inspect.Parameter.empty
-            fields[parameter.name] = (hints[parameter.name], ... if required else parameter.default)
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            hint = hints[parameter.name]
-            table = get_args(hint)[0] if get_origin(hint) is Unpack else hint
-            # Not `__required_keys__`: of annotations that are strings it knows nothing.
-            for name, kind in typing.get_type_hints(table, include_extras=True).items():
-                if name not in _OURS:
-                    needed = get_origin(kind) is Required
-                    fields[name] = (get_args(kind)[0], ...) if needed else (kind | None, None)
-    return create_model(f"{word}_step", __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+    for name, meaning in options_of(model).items():
+        if name in (first, "output") or meaning.not_in_recipes:
+            continue
+        field = copy(model.model_fields[name])
+        kind: Any = field.annotation
+        kind = Annotated[kind if field.is_required() else kind | None, *field.metadata]
+        if meaning.recipe is not None:
+            field.validation_alias = None
+        fields[meaning.recipe or name] = (kind, field)
+    return create_model(f"{command.name}_step", __config__=ConfigDict(extra="forbid", frozen=True), **fields)

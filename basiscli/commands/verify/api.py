@@ -9,12 +9,12 @@ from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.digests import file_digest, stored_digest, weights_digest
+from basiscli.checkpoints.files import REPORT
 from basiscli.checkpoints.header import StoredTensor
 from basiscli.checkpoints.kv_file import BASES_FILE, CONFIG_FILE, read_kv_config
 from basiscli.checkpoints.source import Source, models_in
 from basiscli.checkpoints.tinylora import TrainedValues, is_tinylora
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.checkpoints.writer import REPORT
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
 from basiscli.progress import Progress, Silent

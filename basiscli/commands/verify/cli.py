@@ -1,31 +1,29 @@
-"""`basis verify`."""
+"""`basis verify`: its options, and what the terminal shows of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from basiscli.cli import options
-from basiscli.cli.output import Output, ProgressStyle, errors_shown
+from basiscli.cli.fields import ModelName, Options, argument
+from basiscli.cli.output import Output
+from basiscli.cli.session import Session
 
 if TYPE_CHECKING:
     from basiscli.commands.verify.api import Verification
 
 
-def verify(
-    folder: Annotated[str, typer.Argument(help="A checkpoint or adapter, or both as `init` made them.")] = ".",
-    progress: options.Progress = ProgressStyle.BAR,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Check a checkpoint: structure of every file, and digests against its report. Exit code 3 if anything is wrong."""
-    out = Output(as_json=json, quiet=quiet, progress=progress)
-    with errors_shown(as_json=json):
-        from basiscli.commands.verify.api import verify as api_verify
+class VerifyOptions(Options):
+    """Options of `basis verify`."""
 
-        found = api_verify(folder, progress=out.progress())
-        out.result(found.as_dict(), lambda: _show(out, found))
+    folder: Annotated[ModelName, argument("A checkpoint or adapter, or both as `init` made them.")] = "."
+
+
+def main(options: VerifyOptions, session: Session) -> None:
+    """Check a checkpoint and print that it is whole."""
+    from basiscli.commands.verify.api import verify
+
+    out, found = session.out, verify(options.folder, progress=session.progress())
+    out.result(found.as_dict(), lambda: _show(out, found))
 
 
 def _show(out: Output, found: Verification) -> None:
