@@ -42,7 +42,11 @@ def init(model: str | Path, *, progress: Progress | None = None, **options: Any)
     """Make a LoRA adapter from a model's weights, and the residual that is its base, or from data (`eva`).
 
     residual + scaling · B A is the model, to one rounding of the storage dtype: training begins where the model stands.
-    A method whose B is zero leaves the base as it is, and no residual is written.
+    A method whose update begins at zero (`eva`, `nola`) leaves the base as it is, and no residual is written.
+
+        start = basiscli.init("org/model", method="pissa", rank=16)
+        base = AutoModelForCausalLM.from_pretrained(start.residual)
+        model = PeftModel.from_pretrained(base, start.adapter, is_trainable=True)
 
     Args:
         model: a folder, a weights file or a Hub id.
@@ -58,6 +62,9 @@ def init(model: str | Path, *, progress: Progress | None = None, **options: Any)
 @keywords(ExtractOptions)
 def extract(model: str | Path, *, base: str | Path, progress: Progress | None = None, **options: Any) -> InitResult:
     """Take a fine-tune out of a model as a LoRA adapter of its base: the truncated SVD of the difference.
+
+        tuned = basiscli.extract("org/model-instruct", base="org/model", rank=32)
+        model = PeftModel.from_pretrained(base, tuned.adapter)
 
     Args:
         model: the fine-tuned model.
@@ -84,7 +91,7 @@ def plan_extract(model: str | Path, *, base: str | Path, **options: Any) -> Init
 
 
 def plan(options: InitOptions) -> InitPlan:
-    """Return the plan of what the options ask for."""
+    """Return the plan of an initialisation that the options ask for."""
     found = Registry.with_files(options.plugins).find("init", options.method)
     tokens, length, text = options.tokens, options.length, None
     if options.calibration is not None or tokens is not None or length is not None:
@@ -106,14 +113,20 @@ def plan_difference(options: ExtractOptions) -> InitPlan:
 
 
 def view() -> View:
-    """Return what the terminal shows of it."""
+    """Return how the terminal shows plans and results of `init` and `extract`."""
     from basiscli.commands.init.cli import InitView
 
     return InitView()
 
 
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
-    """Carry out a plan."""
+    """Carry out a plan; return where adapter and residual are, and the report.
+
+    An interrupted run with the same plan is taken up where it stopped.
+
+    Raises:
+        UsageError, InputError, ResourceError: see `basiscli.errors`.
+    """
     started = time.monotonic()
     from basiscli.commands.init.output_files import files_beside_weights
     from basiscli.commands.init.report import build_init_report
@@ -135,7 +148,7 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
 
 
 def page(report: Report, evaluations: Sequence[EvaluationRecord]) -> Contribution:
-    """Return what a report of it has of its own."""
+    """Return the sections that a report of `init` or `extract` has beside what all reports have."""
     from basiscli.commands.init.page import contribute
 
     return contribute(report, evaluations)
