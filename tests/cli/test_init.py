@@ -349,14 +349,14 @@ def test_an_adapter_that_was_half_written_is_finished(
     uneven: Path, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal has decompositions and factors then."""
-    from basiscli.commands.init.run import InitRun
+    from basiscli.commands.init.by_energy import EnergyRun
 
     def run(out: Path) -> basiscli.InitResult:
         return basiscli.extract(uneven / "tuned", base=uneven / "base", energy=0.9, output=out)
 
     whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stop_after(patch, InitRun, "_write_factors", written)
+        stop_after(patch, EnergyRun, "write_factors", written)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out")
     again = run(tmp_path / "out")

@@ -709,7 +709,7 @@ def test_a_run_that_died_while_it_wrote_goes_on(
     model = save(uneven, tmp_path / "model")
     whole = run(method, model, tokens, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stop_after(patch, InitRun, "_write_stored", 5)
+        stop_after(patch, InitRun, "write_adapter", 5)
         with pytest.raises(KeyboardInterrupt):
             run(method, model, tokens, tmp_path / "out", workers=1)
     again = run(method, model, tokens, tmp_path / "out")
@@ -724,15 +724,15 @@ def test_what_is_in_the_journal_is_not_decomposed_again(
     model = save(uneven, tmp_path / "model")
     with pytest.raises(KeyboardInterrupt):
         run("corda", model, tokens, tmp_path / "out", workers=1, progress=Interrupts(2))
-    from basiscli.commands.init.run import InitRun
+    from basiscli.commands.init.from_weights import WeightsRun
 
-    decompose, done = InitRun._decompose, []
+    decompose, done = WeightsRun.decompose, []
 
-    def counted(self: InitRun, name: str, *inputs: Any) -> dict[str, Any]:
+    def counted(self: WeightsRun, name: str, *inputs: Any) -> dict[str, Any]:
         done.append(name)
         return decompose(self, name, *inputs)
 
-    monkeypatch.setattr(InitRun, "_decompose", counted)
+    monkeypatch.setattr(WeightsRun, "decompose", counted)
     result = run("corda", model, tokens, tmp_path / "out", workers=1)
     assert result.report.cost.resumed_steps == 7
     assert len(done) == 14

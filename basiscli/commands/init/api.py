@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from basiscli.checkpoints.files import ADAPTER, RESIDUAL
 from basiscli.checkpoints.source import Source
 from basiscli.cli.keywords import keywords
+from basiscli.commands.init.calibration import DEFAULT_LENGTH, DEFAULT_TOKENS, Calibration
 from basiscli.commands.init.options import ExtractOptions, InitOptions
-from basiscli.commands.init.plan import DEFAULT_LENGTH, DEFAULT_TOKENS, Calibration, InitPlan
-from basiscli.commands.init.plan import plan_init as _plan
+from basiscli.commands.init.plan import InitPlan, make_plan
+from basiscli.commands.init.result import InitResult
 from basiscli.engine.cluster import cluster_of, device_of, engine_of
 from basiscli.engine.settings import Cluster, run_settings
 from basiscli.hub.resolve import resolve
@@ -37,23 +37,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class InitResult:
-    """Where the results are, and the report."""
-
-    path: Path
-    adapter: Path
-    residual: Path | None
-    """The base that belongs to the adapter; None where the base stays as it is (`extract`, EVA)."""
-    report: Report
-
-
 @keywords(InitOptions)
 def init(model: str | Path, *, progress: Progress | None = None, **options: Any) -> InitResult:
     """Make a LoRA adapter from a model's weights, and the residual that is its base, or from data (`eva`).
 
     residual + scaling · B A is the model, to one rounding of the storage dtype: training begins where the model stands.
-    A method whose B is zero leaves the base as it is, and no residual is written.
+    A method whose update begins at zero (`eva`, `nola`) leaves the base as it is, and no residual is written.
+
+        start = basiscli.init("org/model", method="pissa", rank=16)
+        base = AutoModelForCausalLM.from_pretrained(start.residual)
+        model = PeftModel.from_pretrained(base, start.adapter, is_trainable=True)
 
     Args:
         model: a folder, a weights file or a Hub id.
@@ -69,6 +62,9 @@ def init(model: str | Path, *, progress: Progress | None = None, **options: Any)
 @keywords(ExtractOptions)
 def extract(model: str | Path, *, base: str | Path, progress: Progress | None = None, **options: Any) -> InitResult:
     """Take a fine-tune out of a model as a LoRA adapter of its base: the truncated SVD of the difference.
+
+        tuned = basiscli.extract("org/model-instruct", base="org/model", rank=32)
+        model = PeftModel.from_pretrained(base, tuned.adapter)
 
     Args:
         model: the fine-tuned model.
@@ -95,7 +91,7 @@ def plan_extract(model: str | Path, *, base: str | Path, **options: Any) -> Init
 
 
 def plan(options: InitOptions) -> InitPlan:
-    """Return the plan of what the options ask for."""
+    """Return the plan of an initialisation that the options ask for."""
     found = Registry.with_files(options.plugins).find("init", options.method)
     tokens, length, text = options.tokens, options.length, None
     if options.calibration is not None or tokens is not None or length is not None:
@@ -117,20 +113,24 @@ def plan_difference(options: ExtractOptions) -> InitPlan:
 
 
 def view() -> View:
-    """Return what the terminal shows of it."""
+    """Return how the terminal shows plans and results of `init` and `extract`."""
     from basiscli.commands.init.cli import InitView
 
     return InitView()
 
 
 def run_init(plan: InitPlan, progress: Progress) -> InitResult:
-    """Carry out a plan."""
+    """Carry out a plan; return where adapter and residual are, and the report.
+
+    An interrupted run with the same plan is taken up where it stopped.
+
+    Raises:
+        UsageError, InputError, ResourceError: see `basiscli.errors`.
+    """
     started = time.monotonic()
-    from basiscli.checkpoints.files import REPORT
-    from basiscli.checkpoints.sidecars import sidecar_files
-    from basiscli.commands.init.card import adapter_card
-    from basiscli.commands.init.report import build_init_report, part_of, peft_config
-    from basiscli.commands.init.run import InitRun
+    from basiscli.commands.init.output_files import files_beside_weights
+    from basiscli.commands.init.report import build_init_report
+    from basiscli.commands.init.runs import run_type
     from basiscli.engine.partial import partial_output
 
     device = device_of(plan.settings)
@@ -138,27 +138,17 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
         engine_of(plan, plan.settings) as engine,
         partial_output(plan, progress, resume=plan.settings.resume) as output,
     ):
-        run = InitRun(plan, output, progress, device, engine)
+        run = run_type(plan)(plan, output, progress, device, engine)
         run.run()
         report = build_init_report(run, seconds=time.monotonic() - started)
-        files = {REPORT: report.as_file()}
-        folder = "" if plan.base is not None else f"{ADAPTER}/"
-        beside_factors = {"adapter_config.json": peft_config(run)} | adapter_card(plan, report)
-        files |= {f"{folder}{name}": content for name, content in beside_factors.items()}
-        if folder:
-            parts = [ADAPTER, RESIDUAL] if plan.has_residual else [ADAPTER]
-            files |= {f"{part}/{REPORT}": part_of(report, run, part).as_file() for part in parts}
-            if plan.has_residual:
-                beside = sidecar_files(plan.model, plan.settings.dtype, code=False)
-                files |= {f"{RESIDUAL}/{name}": content for name, content in beside.items()}
-        output.commit(files, overwrite=plan.settings.overwrite)
+        output.commit(files_beside_weights(run, report), overwrite=plan.settings.overwrite)
     if plan.base is not None:
         return InitResult(plan.out, plan.out, None, report)
     return InitResult(plan.out, plan.out / ADAPTER, plan.out / RESIDUAL if plan.has_residual else None, report)
 
 
 def page(report: Report, evaluations: Sequence[EvaluationRecord]) -> Contribution:
-    """Return what a report of it has of its own."""
+    """Return the sections that a report of `init` or `extract` has beside what all reports have."""
     from basiscli.commands.init.page import contribute
 
     return contribute(report, evaluations)
@@ -184,7 +174,7 @@ def _planned(
     calibration: Calibration | None = None,
     quantize: str | None = None,
 ) -> InitPlan:
-    return _plan(
+    return make_plan(
         source,
         method,
         parameters,

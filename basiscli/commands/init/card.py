@@ -13,7 +13,7 @@ PICTURE = "ranks.svg"
 
 
 def adapter_card(plan: InitPlan, report: Report) -> dict[str, bytes]:
-    """Return `README.md`, and `ranks.svg` where modules differ in rank, by name."""
+    """Return the files of an adapter's card by name: `README.md`, and `ranks.svg` where modules differ in rank."""
     assert report.adapter is not None
     base = (plan.base or plan.model).source
     named = f"{plan.out.name}/{RESIDUAL}" if plan.has_residual else base.label

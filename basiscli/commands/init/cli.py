@@ -9,8 +9,8 @@ from basiscli.cli.session import View
 from basiscli.names import format_size
 
 if TYPE_CHECKING:
-    from basiscli.commands.init.api import InitResult
     from basiscli.commands.init.plan import InitPlan
+    from basiscli.commands.init.result import InitResult
     from basiscli.reports.schema import Report
 
 

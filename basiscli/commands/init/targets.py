@@ -16,46 +16,71 @@ _HEADS = {"lm_head", "embed_out", "score", "classifier"}  # PEFT's all-linear le
 
 
 def find_targets(model: Checkpoint, wanted: str | Sequence[str]) -> dict[str, str]:
-    """Return the weights that `target_modules` means, read as PEFT reads it, and their modules."""
+    """Return the modules that `target_modules` selects, read as PEFT reads it, by the names of their weights.
+
+    Args:
+        model: whose linear layers there are to select from.
+        wanted: 'all-linear' for all but output heads; a regular expression for whole names of modules; or a list of
+            names, of which each is a module's or ends it ('q_proj').
+
+    Raises:
+        InputError: the checkpoint holds no linear layer.
+        UsageError: nothing is selected, a name in the list selects nothing, or the expression is none.
+    """
     kind_of = kinds(model, model.tensors).by_name
     linear = [n for n, t in model.tensors.items() if kind_of[n] is Kind.LINEAR and n.endswith(".weight") and t.count]
     loaded = loaded_names(model, sorted(linear, key=natural_key))
     weights = {module.removesuffix(".weight"): name for name, module in loaded.items()}
-    modules = list(weights)
-    if not modules:
+    if not weights:
         raise InputError(
             "the checkpoint holds no linear layer", file=model.source.path, remedy="give the folder of a whole model"
         )
-    leaves = {module.rpartition(".")[2] for module in modules}
+    leaves = sorted({_leaf(module) for module in weights})
     if wanted == ALL_LINEAR:
-        chosen = [module for module in modules if module.rpartition(".")[2] not in _HEADS]
+        chosen = [module for module in weights if _leaf(module) not in _HEADS]
     elif isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise UsageError(
-                f"--target-modules '{wanted}' is no regular expression: {error}",
-                remedy=f"mend it, or give '{ALL_LINEAR}' or names out of {', '.join(sorted(leaves))}",
-            ) from error
-        chosen = [module for module in modules if pattern.fullmatch(module)]
+        chosen = _matching(list(weights), wanted, leaves)
     else:
-        unknown = [word for word in wanted if not any(m == word or m.endswith(f".{word}") for m in modules)]
-        if unknown:
-            raise UsageError(f"no linear layer is called '{unknown[0]}'", remedy=did_you_mean(unknown[0], leaves))
-        chosen = [m for m in modules if any(m == word or m.endswith(f".{word}") for word in wanted)]
+        chosen = _named(list(weights), wanted, leaves)
     if not chosen:
         raise UsageError(
             f"--target-modules {wanted} matches no linear layer",
-            remedy=f"'{ALL_LINEAR}', names out of {', '.join(sorted(leaves))}, or a regular expression for whole names",
+            remedy=f"'{ALL_LINEAR}', names out of {', '.join(leaves)}, or a regular expression for whole names",
         )
     return {weights[module]: module for module in chosen}
 
 
-def in_model_order(model: Checkpoint, targets: Mapping[str, str]) -> dict[str, str]:
-    """Return targets in the order of the model's modules: PEFT numbers trained values by it, and their files so, too.
+def _leaf(module: str) -> str:
+    """Return the last part of a module's name."""
+    return module.rpartition(".")[2]
 
-    Names in their natural order are another order: q_proj, k_proj, v_proj is Llama's. The model is built without memory
-    to ask, which imports transformers (seconds).
+
+def _matching(modules: Sequence[str], expression: str, leaves: Sequence[str]) -> list[str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise UsageError(
+            f"--target-modules '{expression}' is no regular expression: {error}",
+            remedy=f"mend it, or give '{ALL_LINEAR}' or names out of {', '.join(leaves)}",
+        ) from error
+    return [module for module in modules if pattern.fullmatch(module)]
+
+
+def _named(modules: Sequence[str], names: Sequence[str], leaves: Sequence[str]) -> list[str]:
+    def is_meant(module: str, name: str) -> bool:
+        return module == name or module.endswith(f".{name}")
+
+    for name in names:
+        if not any(is_meant(module, name) for module in modules):
+            raise UsageError(f"no linear layer is called '{name}'", remedy=did_you_mean(name, leaves))
+    return [module for module in modules if any(is_meant(module, name) for name in names)]
+
+
+def in_model_order(model: Checkpoint, targets: Mapping[str, str]) -> dict[str, str]:
+    """Return the same targets in the order of the model's `named_modules()`, by which PEFT's TinyLoRA numbers vectors.
+
+    Names in their natural order are another order: q_proj, k_proj, v_proj is Llama's. The model is built on the meta
+    device to ask, which imports transformers (seconds).
 
     Raises:
         InputError: transformers does not build the model, or its modules are not those of the checkpoint.
