@@ -36,7 +36,7 @@ class PartialOutput(Shards):
         for name in layout.tensors:
             if name not in output.finished:
                 data = output.write(name, make(name))
-                output.record(name, {"digest": digest([data])})
+                output.record(name, {"digests": {name: digest([data])}})
         output.commit({"config.json": config}, overwrite=False)
     """
 
@@ -80,6 +80,15 @@ class PartialOutput(Shards):
         """Return the SHA-256 of a tensor's bytes, in hexadecimal, as they are in the file."""
         spec, (file, offset) = self.layout.tensors[name], self._locations[name]
         return stored_digest(StoredTensor(name, spec.dtype, spec.shape, self.folder / file, offset))
+
+    def forget_damaged(self) -> None:
+        """Forget work whose tensors on the disk are not those of the journal, as after a power cut.
+
+        Entries say what they wrote as `digests`: the SHA-256 of tensors by name.
+        """
+        for key, entry in list(self.finished.items()):
+            if any(self.digest_on_disk(name) != sha256 for name, sha256 in entry.get("digests", {}).items()):
+                del self.finished[key]
 
     def record(self, key: str, entry: dict[str, Any]) -> None:
         """Add a line to the journal: the piece of work `key` is finished, with its results in `entry`."""

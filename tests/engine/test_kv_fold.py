@@ -13,7 +13,7 @@ import basiscli
 from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.kv.fold import Fold
-from basiscli.commands.kv.plan import KVShape
+from basiscli.commands.kv.shape import KVShape
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
 from tests.conftest import read_checkpoint

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.kv.plan import KVShape
+from basiscli.commands.kv.shape import KVShape
 from basiscli.errors import InputError
 
 

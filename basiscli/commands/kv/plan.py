@@ -19,6 +19,7 @@ from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.kv.price import kv_price
+from basiscli.commands.kv.shape import KVShape, kv_shape
 from basiscli.engine.output_place import check_disk, output_place
 from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.pricing import Price
@@ -27,56 +28,35 @@ from basiscli.engine.settings import Cluster, default_workers
 from basiscli.errors import InputError, UsageError
 from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
-from basiscli.runtime.export import AUTO_MAP, exported_files
+from basiscli.runtime.export import exported_files
 from basiscli.transforms import Kind, Method
 
 Search = Literal["greedy", "spectrum", "uniform"]
 Export = Literal["remote-code"]
-LEVELS = 8
 SEARCH_BATCH = 4
-"""Windows a round of the search."""
+"""Windows of held-out text in one forward of the search of ranks."""
 TEACHER_BYTES = 1 << 29
 """Up to this size the search keeps the dense model's logits of held-out text."""
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """A decoder's cache."""
-
-    layers: int
-    heads: int
-    """KV heads."""
-    dim: int
-    """Of a head."""
-
-    @property
-    def levels(self) -> int:
-        """Steps into which a head's dimensions are divided."""
-        return LEVELS if self.dim % LEVELS == 0 else next(n for n in range(LEVELS, 0, -1) if self.dim % n == 0)
-
-    @property
-    def entries(self) -> tuple[int, int, int]:
-        """Layers, keys and values, KV heads: everything that has a rank of its own."""
-        return self.layers, 2, self.heads
-
-    def cache_bytes(self, element: int) -> int:
-        """Bytes a token takes in a dense cache."""
-        return self.layers * 2 * self.heads * self.dim * element
 
 
 @dataclass(frozen=True)
 class KVSettings:
-    """How it is done."""
+    """How a compression is done; nothing here says how much is kept."""
 
     train_steps: int = 800
     batch: int = 2
+    """Windows a training step."""
     length: int = 256
+    """Tokens a window."""
     moment_windows: int = 64
+    """Windows over which second moments are taken."""
     search: Search = "greedy"
     search_windows: int = 8
+    """Windows of held-out text by which ranks are chosen."""
     calibration: str | None = None
+    """A file or folder of text; by default the text that comes with basis."""
     fold_values: bool = False
+    """Fold the bases of the values into W_v and W_o."""
     export: Export | None = None
     dtype: str | None = None
     device: str = "auto"
@@ -93,15 +73,16 @@ class KVSettings:
 
 @dataclass(frozen=True)
 class KVPlan:
-    """All that a compression will do."""
+    """All that a KV compression will do, as far as the configuration and headers tell."""
 
     out: Path
     model: Checkpoint
     method: Method
     values: BaseModel
     ratio: float
+    """Share of the cache that is removed."""
     budget: int
-    """Sum of the levels that stay."""
+    """Sum over layers, keys and values, and KV heads of the levels that stay."""
     shape: KVShape
     earlier: KVConfig | None
     """Of an input that was compressed before: its bases are used as they are."""
@@ -111,12 +92,12 @@ class KVPlan:
 
     @property
     def train_steps(self) -> int:
-        """Steps that will be trained."""
+        """Training steps; none where the bases are an earlier compression's."""
         return 0 if self.earlier else self.settings.train_steps
 
     @property
     def train_tokens(self) -> int:
-        """Tokens that will be trained on."""
+        """Tokens that training sees."""
         return self.train_steps * self.settings.batch * self.settings.length
 
     @property
@@ -136,7 +117,7 @@ class KVPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of tensors, about: weights in float32, and what one batch keeps for its backward.
+        """Bytes of tensors at most, about: weights in float32, and what one batch keeps for its backward.
 
         A token keeps four times its logits, and in each layer what was measured to be 8 times the hidden size and 4
         times the widest of its matrices.
@@ -187,7 +168,15 @@ def plan_kv(
     out: str | Path | None,
     settings: KVSettings,
 ) -> KVPlan:
-    """Look at the configuration and the headers and decide what will be done.
+    """Return the plan of a KV compression, from the model's configuration and headers.
+
+    Args:
+        source: the model.
+        ratio: share of the cache to remove.
+        method: finds the bases.
+        parameters: of the method, by name.
+        out: folder to write; by default MODEL-kvRATIO beside the model.
+        settings: how it is done.
 
     Raises:
         UsageError, InputError, ResourceError: whatever can be refused before the model is loaded.
@@ -260,72 +249,8 @@ def _check_loadable(model: Checkpoint) -> None:
         )
 
 
-def kv_shape(source: Source) -> KVShape:
-    """Return the shape of a model's KV cache from its configuration.
-
-    Raises:
-        InputError: no cache, or one that this compression does not know, with the reason.
-    """
-    config, file = source.config, source.folder / "config.json"
-    if not config:
-        raise InputError("no config.json beside the weights", file=file, remedy="give a complete model folder")
-    if config.get("auto_map") not in (None, {}, AUTO_MAP):
-        raise InputError(
-            "the model brings its own code, which is not run",
-            file=file,
-            remedy="give a model of an architecture that transformers has",
-        )
-    nested = config.get("text_config")
-    text: dict[str, Any] = nested if isinstance(nested, dict) else config
-    names = config.get("architectures") or []
-    reason = _no_cache(config, text, [str(name) for name in names] if isinstance(names, list) else [])
-    if reason:
-        raise InputError(
-            f"{config.get('model_type', 'this model')}: {reason}",
-            file=file,
-            remedy="the KV cache of decoders with multi-head or grouped-query attention can be compressed",
-        )
-    try:
-        layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-        kv_heads = int(text.get("num_key_value_heads") or heads)
-        dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"the config does not say how large the KV cache is: {error}", file=file, remedy="give a complete config"
-        ) from error
-    if layers < 1 or kv_heads < 1 or dim < 2:
-        raise InputError(
-            f"a cache of {layers} layers, {kv_heads} KV heads of {dim} dimensions",
-            file=file,
-            remedy="give a complete config",
-        )
-    return KVShape(layers, kv_heads, dim)
-
-
-def _no_cache(config: dict[str, Any], text: dict[str, Any], architectures: list[str]) -> str | None:
-    """Return why there is no cache that can be compressed; None if there may be one."""
-    if config.get("quantization_config"):
-        return "the weights are quantised; give the unquantised checkpoint"
-    if config.get("is_encoder_decoder"):
-        return "encoder-decoder models have two caches, and neither is supported"
-    if architectures and not any(
-        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
-    ):
-        return f"{architectures[0]} generates no text and has no KV cache"
-    if text.get("kv_lora_rank"):
-        return "multi-head latent attention (MLA) keeps one small latent a token already; there are no heads to project"
-    if text.get("attn_logit_softcapping"):
-        return "attention with soft-capped logits has no projected form in the fused kernels"
-    if text.get("num_kv_shared_layers"):
-        return "layers that share one cache are not supported"
-    kinds = text.get("layer_types")
-    other = {str(kind) for kind in kinds} - _PLAIN_LAYERS if isinstance(kinds, list) else set()
-    if other:
-        return f"layers of kind {', '.join(sorted(other))} keep something else than keys and values"
-    return None
-
-
 def _budget(ratio: float, shape: KVShape) -> int:
+    """Return how many levels of all heads may stay; every head keeps one."""
     least = shape.layers * 2 * shape.heads
     budget = math.floor((1 - ratio) * least * shape.levels + 1e-9)  # never more than the share that may stay
     if budget < least:

@@ -129,16 +129,13 @@ class MergeRun:
         self.engine.run_tasks(tasks, do, self._record, progress=self.progress, what=what)
 
     def _forget_damaged(self) -> None:
-        """Drop what the journal says is finished but whose bytes did not reach the disk (a machine that lost power)."""
-        finished = self.output.finished
-        for key, entry in list(finished.items()):
-            if any(self.output.digest_on_disk(name) != sha256 for name, sha256 in entry.get("digests", {}).items()):
-                del finished[key]
-        for key, entry in list(finished.items()):
+        """Forget what is finished by the journal but whose bytes did not reach the disk (a machine that lost power)."""
+        self.output.forget_damaged()
+        for key, entry in list(self.output.finished.items()):
             stage, _, name = key.partition(":")
-            needed = stage == MERGE and "scratch" in entry and f"{WRITE}:{name}" not in finished
+            needed = stage == MERGE and "scratch" in entry and f"{WRITE}:{name}" not in self.output.finished
             if needed and file_digest(self.output.scratch / entry["scratch"]) != entry["scratch_digest"]:
-                del finished[key]
+                del self.output.finished[key]
 
     # One tensor -------------------------------------------------------------------------------------------------------
 
