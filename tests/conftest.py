@@ -20,6 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from basiscli.cli import app
+from tests.forked import Forked, can_fork
 
 if TYPE_CHECKING:
     from tests.hub_server import Hub
@@ -148,16 +149,29 @@ def basis() -> Callable[..., Result]:
     return run
 
 
-def basis_process(*words: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "basiscli", *map(str, words)],
-        cwd=cwd,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def python_process(*arguments: str, cwd: Path | None = None, **env: str) -> Forked | subprocess.Popen[str]:
+    """Start a Python with these arguments, as a fork of one that has the imports where that is the same."""
+    if can_fork(os.environ | env):
+        return Forked([*arguments], cwd, os.environ | env)
+    return new_interpreter(*arguments, cwd=cwd, **env)
+
+
+def new_interpreter(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
+    """Start a Python with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def basis_process(
+    *words: str | Path, cwd: Path | None = None, new: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; in a `new` interpreter, no memory and no hash seed is inherited."""
+    start = new_interpreter if new else python_process
+    process = start("-m", "basiscli", *map(str, words), cwd=cwd, **env)
+    printed, said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, printed, said)
 
 
 def stop_after(patch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:
