@@ -13,8 +13,10 @@ demo: $(VENV)/.demo
 
 # Tiny models are no faster with several threads, and where other work has a core they wait for each other: ten times
 # slower was seen.
+# WORKERS=0 runs the tests in one process.
+WORKERS ?= logical
 test: $(VENV)/.test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,11 +31,27 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word
 Tensors = dict[str, Tensor]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes, let one run a file's tests; what takes long begins first, or all would wait for it.
+
+    Real models and what measures memory are one group: no two of them fill the machine.
+    """
+    for item in items:
+        group = "memory" if item.get_closest_marker("real") else item.nodeid.partition("::")[0]
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in {"ray", "memory"})
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep every test's conversions, and everything it might ask the Hub for, to itself."""
-    monkeypatch.setenv("BASIS_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
+    cache = tmp_path_factory.getbasetemp() / "basis-cache"
+    cache.mkdir()
+    monkeypatch.setenv("BASIS_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    shutil.rmtree(cache)
 
 
 def make_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensors:
