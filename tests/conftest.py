@@ -184,7 +184,10 @@ def new_interpreter(*arguments: str, cwd: Path | None = None, **env: str) -> sub
 def basis_process(
     *words: str | Path, cwd: Path | None = None, new: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own; in a `new` interpreter, no memory and no hash seed is inherited."""
+    """Run the command line in a process of its own; a `new` interpreter has its own hash seed, and only its memory.
+
+    A fork's peak memory counts what it inherits: of two forks it says what one takes more than the other.
+    """
     start = new_interpreter if new else python_process
     process = start("-m", "basiscli", *map(str, words), cwd=cwd, **env)
     printed, said = process.communicate()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -110,7 +111,10 @@ def _import() -> None:
     for name in basiscli.__all__:
         getattr(basiscli, name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be in the forks"  # noqa: PTH208
+    gc.collect()
     gc.freeze()  # so that no collection in a fork copies what they share
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # free memory here would hide as much use in a fork whose peak is measured
 
 
 def _serve(calls: socket.socket) -> dict[str, Any]:

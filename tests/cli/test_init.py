@@ -57,7 +57,7 @@ def least_memory(*words: str | Path, output: Path) -> int:
     (10 MB now and then) is chance, and what a run holds is not."""
     peaks = []
     for _ in range(2):
-        done = basis_process(*words, "--workers", "1", "-o", output, "--json", new=True, OMP_NUM_THREADS="1")
+        done = basis_process(*words, "--workers", "1", "-o", output, "--json", OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads(done.stdout)["cost"]["peak_memory_bytes"])
         shutil.rmtree(output)
