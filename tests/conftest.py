@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer import testing
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from basiscli.cli import app
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
 
 Tensors = dict[str, Tensor]
+
+testing._get_command = cache(get_command)  # or every run builds all commands anew, longer than most of them take
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
