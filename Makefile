@@ -16,16 +16,15 @@ demo: $(VENV)/.demo
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 # As many processes as the machine has cores; WORKERS=0 runs the tests in one.
 WORKERS ?= logical
-BY_FILES = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILES) --junitxml=.cache/tests/times.xml
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --junitxml=.cache/tests/times.xml
 
 # What takes less than two minutes: ruff, mypy, and the tests nearest to what differs from a commit.
 SINCE ?= HEAD
 check: lint
 	touched=$$($(BIN)/python tools/touched.py $(SINCE)) && \
-	{ test -z "$$touched" || $(ONE_THREAD) $(BIN)/python -m pytest -q $(BY_FILES) $$touched; }
+	{ test -z "$$touched" || $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) $$touched; }
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

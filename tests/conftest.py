@@ -36,16 +36,39 @@ Tensors = dict[str, Tensor]
 testing._get_command = cache(get_command)  # or every run builds all commands anew, longer than most of them take
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes, let one run a file's tests; what takes long begins first, or all would wait for it.
+TOGETHER = {
+    "ray": ("tests/engine/test_ray.py", "tests/engine/test_ray_calibration.py"),
+    "memory": (
+        "tests/real/",
+        "tests/checkpoints/test_adapter.py::test_a_merge_of_adapters_never_holds_a_dense_tensor",
+        "tests/cli/test_init.py::test_a_model_is_never_in_memory",
+        "tests/cli/test_init.py::test_no_more_than_a_layer_is_in_memory",
+    ),
+}
+"""Tests of which one is run at a time: no two clusters, and no two large models or measurements, fill the machine."""
 
-    Real models and what measures memory are one group: no two of them fill the machine.
-    """
-    for item in items:
-        group = "memory" if item.get_closest_marker("real") else item.nodeid.partition("::")[0]
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in {"ray", "memory"})
+
+def group_of(test: str) -> str:
+    """Return what a test runs in one process with: its file, if nothing else."""
+    return next((name for name, starts in TOGETHER.items() if test.startswith(starts)), test.partition("::")[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what takes long begin first, or all processes but one would wait for it."""
+    items.sort(key=lambda item: [*TOGETHER, group_of(item.nodeid)].index(group_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out tests by groups; not by xdist's own marks, which pytest 9.2 does not let it pass on."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -553,7 +553,6 @@ def test_what_no_lora_can_hold_is_not_written_as_an_adapter(tmp_path: Path, opti
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xdist_group("memory")
 def test_a_merge_of_adapters_never_holds_a_dense_tensor(tmp_path: Path) -> None:
     module, peaks = "model.layers.0.mlp.up_proj", {}
     for side in (64, 4096):

@@ -521,7 +521,6 @@ def test_the_planned_size_of_corda_is_the_written_size(speaking: Path, tmp_path:
 
 
 @pytest.mark.parametrize("method", ["eva", "corda"])
-@pytest.mark.xdist_group("memory")
 def test_no_more_than_a_layer_is_in_memory(tmp_path: Path, method: str) -> None:
     """Five times the layers take the same memory: what is freed goes back to the system at once."""
     peaks, sizes = {}, {}
@@ -748,7 +747,6 @@ def test_a_matrix_without_elements_is_no_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["init", "extract"])
-@pytest.mark.xdist_group("memory")
 def test_a_model_is_never_in_memory(tmp_path: Path, command: str) -> None:
     """Four times the layers take the same memory: a quarter of the difference would show one copy of the model."""
     side, peaks, sizes = 512, {}, {}

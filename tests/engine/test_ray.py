@@ -25,8 +25,6 @@ from tests.conftest import add, basis_process, make_tensors, read_checkpoint, wr
 pytest.importorskip("ray")
 from basiscli.engine.ray import Job, RayEngine  # after the line that skips all this without ray
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 # A method that takes its time, tells who works on what, and may end its own process or fail.
 PLUGIN = """
 import os, signal, time

@@ -20,7 +20,7 @@ from tests.kv_models import make_model, make_text, save_model
 from tests.plugins.test_data_inits import opt, write_tokens
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.usefixtures("cluster")
 MODELS = {"llama": llama, "opt": opt, "bert": bert}
 
 
