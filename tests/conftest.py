@@ -75,11 +75,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep every test's conversions, and everything it might ask the Hub for, to itself."""
     cache = tmp_path_factory.getbasetemp() / "basis-cache"
-    cache.mkdir()
+    cache.mkdir(exist_ok=True)
     monkeypatch.setenv("BASIS_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
-    shutil.rmtree(cache)
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 def make_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensors:
