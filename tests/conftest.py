@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer import testing
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from basiscli.app import app
+from tests.forked import Forked, can_fork
 
 if TYPE_CHECKING:
     from tests.hub_server import Hub
@@ -28,12 +33,53 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word
 
 Tensors = dict[str, Tensor]
 
+testing._get_command = cache(get_command)  # or every run builds all commands anew, longer than most of them take
+
+
+TOGETHER = {
+    "ray": ("tests/engine/test_ray.py", "tests/engine/test_ray_calibration.py"),
+    "memory": (
+        "tests/real/",
+        "tests/checkpoints/test_adapter.py::test_a_merge_of_adapters_never_holds_a_dense_tensor",
+        "tests/cli/test_init.py::test_a_model_is_never_in_memory",
+        "tests/cli/test_init.py::test_no_more_than_a_layer_is_in_memory",
+    ),
+}
+"""Tests of which one is run at a time: no two clusters, and no two large models or measurements, fill the machine."""
+
+
+def group_of(test: str) -> str:
+    """Return what a test runs in one process with: its file, if nothing else."""
+    return next((name for name, starts in TOGETHER.items() if test.startswith(starts)), test.partition("::")[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what takes long begin first, or all processes but one would wait for it."""
+    items.sort(key=lambda item: [*TOGETHER, group_of(item.nodeid)].index(group_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out tests by groups; not by xdist's own marks, which pytest 9.2 does not let it pass on."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep every test's conversions, and everything it might ask the Hub for, to itself."""
-    monkeypatch.setenv("BASIS_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
+    cache = tmp_path_factory.getbasetemp() / "basis-cache"
+    cache.mkdir(exist_ok=True)
+    monkeypatch.setenv("BASIS_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 def make_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensors:
@@ -148,16 +194,32 @@ def basis() -> Callable[..., Result]:
     return run
 
 
-def basis_process(*words: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "basiscli", *map(str, words)],
-        cwd=cwd,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def python_process(*arguments: str, cwd: Path | None = None, **env: str) -> Forked | subprocess.Popen[str]:
+    """Start a Python with these arguments, as a fork of one that has the imports where that is the same."""
+    if can_fork(os.environ | env):
+        return Forked([*arguments], cwd, os.environ | env)
+    return new_interpreter(*arguments, cwd=cwd, **env)
+
+
+def new_interpreter(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
+    """Start a Python with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def basis_process(
+    *words: str | Path, cwd: Path | None = None, new: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; a `new` interpreter has its own hash seed, and only its memory.
+
+    A fork's peak memory counts what it inherits: of two forks it says what one takes more than the other.
+    """
+    start = new_interpreter if new else python_process
+    process = start("-m", "basiscli", *map(str, words), cwd=cwd, **env)
+    printed, said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, printed, said)
 
 
 def stop_after(patch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    """A cluster of two workers on this machine, for all tests of a file."""
+    """A cluster of two workers on this machine, for all tests of this folder: they run one after the other."""
     ray = pytest.importorskip("ray")
     ray.init(
         "local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,

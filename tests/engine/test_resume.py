@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import basiscli
 from basiscli.checkpoints.shards import JOURNAL
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.merge.run import MergeRun
-from tests.conftest import add, make_tensors, read_checkpoint, write_checkpoint
+from tests.conftest import add, make_tensors, python_process, read_checkpoint, write_checkpoint
 
 METHODS = ["linear", "ortho"]
 # A merge that rests after every step from one on, so that a signal finds it between two of them.
@@ -50,8 +48,7 @@ def journal(out: Path) -> list[str]:
 def stopped_after(family: dict[str, Path], method: str, out: Path, steps: int, number: signal.Signals) -> str:
     """Send a merge a signal when it has finished so many steps; return what it says."""
     rests = [str(steps), "60" if number == signal.SIGKILL else "0.5"]  # Ctrl-C waits for what is at work
-    command = [sys.executable, "-c", RESTING, *rests, *words(family, method, out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = python_process("-c", RESTING, *rests, *words(family, method, out))
     while len(journal(out)) < steps and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,12 @@ CASES: list[tuple[str, dict[str, Any], int, Formula]] = [
 ]  # fmt: skip
 
 
+def name_of(case: object) -> str:
+    return case.__name__ if isinstance(case, FunctionType) else str(case)[:40]
+
+
 @pytest.mark.parametrize("blocks", ["one block", "blocks of rows"])
-@pytest.mark.parametrize(("method", "parameters", "count", "formula"), CASES, ids=lambda case: str(case)[:40])
+@pytest.mark.parametrize(("method", "parameters", "count", "formula"), CASES, ids=name_of)
 def test_it_is_the_dense_computation(
     tmp_path: Path, method: str, parameters: dict[str, Any], count: int, formula: Formula, blocks: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -103,9 +103,8 @@ def test_a_gguf_can_be_the_base(
 def test_peak_memory_does_not_grow_with_the_number_of_models(smollm2: Path, tmp_path: Path) -> None:
     peaks = {}
     for count in (2, 6):
-        done = basis_process(
-            "merge", *[smollm2] * count, "-m", "linear", "-o", tmp_path / f"out{count}", "--json", "--workers", "2"
-        )
+        words = ["-m", "linear", "-o", tmp_path / f"out{count}", "--json", "--workers", "2"]
+        done = basis_process("merge", *[smollm2] * count, *words, new=True)
         peaks[count] = json.loads(done.stdout)["cost"]["peak_memory_bytes"]
     assert peaks[6] < peaks[2] + 60_000_000  # 4 more models of 538 MB each
     assert peaks[2] < 700_000_000

@@ -461,7 +461,7 @@ parameters: {t: [0, 1], int8_mask: true}
     assert "basis run recipe.yaml" in (here / "first" / "README.md").read_text()
 
     (here / "recipe.yaml").write_bytes((here / "first" / "recipe.yaml").read_bytes())
-    again = basis_process(*report["reproduce"].split()[1:], cwd=here)
+    again = basis_process(*report["reproduce"].split()[1:], cwd=here, new=True)
     assert again.returncode == 0, again.stderr
     assert (here / "recipe" / "model.safetensors").read_bytes() == (here / "first" / "model.safetensors").read_bytes()
     assert verify(here / "recipe").checked_digests

@@ -77,7 +77,7 @@ def test_a_union_has_the_same_bytes_in_every_process(here: Path) -> None:
     models = [{"model": name} for name in ("x", "many")]
     file = write_recipe(here, {"merge_method": "linear", "models": models, "tokenizer_source": "union"})
     for out in ("one", "two"):
-        assert basis_process("run", file, "-o", out, "-q", cwd=here).returncode == 0
+        assert basis_process("run", file, "-o", out, "-q", cwd=here, new=True).returncode == 0
     for name in ("model.safetensors", "tokenizer.json"):
         assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes()
     added = load_tokenizer(here / "one").get_vocab()
