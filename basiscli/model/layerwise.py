@@ -69,6 +69,13 @@ class LayerwiseModel:
     def __post_init__(self) -> None:
         keep_small_blocks()
         self.model = empty_model(self.checkpoint, self.dtype)
+        main = getattr(self.model, "main_input_name", "input_ids")
+        if main != "input_ids":
+            raise InputError(
+                f"the model reads {main}, and calibration is tokens",
+                file=self.checkpoint.source.folder / "config.json",
+                remedy="a method that needs no calibration, such as --method pissa",
+            )
         for module in self.model.modules():
             module.register_forward_pre_hook(self._end_after_layers)
         self._weights = LazyWeights(self.model, self.checkpoint, self.device, self.dtype)

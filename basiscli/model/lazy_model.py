@@ -13,7 +13,7 @@ from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.devices import give_back_memory
 from basiscli.errors import InputError
-from basiscli.model.architecture import loaded_names
+from basiscli.model.names import loaded_names
 
 _META = torch.device("meta")
 _GAMMA, _BETA = re.compile(r"(?<=LayerNorm\.)gamma$"), re.compile(r"(?<=LayerNorm\.)beta$")
