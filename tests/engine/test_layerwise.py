@@ -17,7 +17,7 @@ from basiscli.engine.tensor_store import MemoryStore
 from basiscli.engine.threads import Threads
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
-from basiscli.model.moments import Modules, MomentsRun
+from basiscli.model.moments import CalibrationTargets, MomentsRun
 from basiscli.model.stored_moments import StoredMoments, add_rows, block_key, empty_sums, moment_blocks
 from basiscli.progress import Silent
 from basiscli.transforms import InputMoments
@@ -70,7 +70,7 @@ def layerwise(folder: Path, names: list[str], windows: Windows, workers: int = 1
     checkpoint = Checkpoint.open(resolve(str(folder)))
     nowhere: Any = None
     run = MomentsRun(
-        Modules(checkpoint, {n: n for n in names}), nowhere, Silent(), torch.device("cpu"), Threads(workers)
+        CalibrationTargets(checkpoint, {n: n for n in names}), nowhere, Silent(), torch.device("cpu"), Threads(workers)
     )
     found: dict[str, InputMoments] = {}
     for part in run.moments(windows):

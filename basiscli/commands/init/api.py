@@ -15,7 +15,7 @@ from basiscli.commands.init.calibration import DEFAULT_LENGTH, DEFAULT_TOKENS, C
 from basiscli.commands.init.options import ExtractOptions, InitOptions
 from basiscli.commands.init.plan import InitPlan, make_plan
 from basiscli.commands.init.result import InitResult
-from basiscli.engine.cluster import cluster_of, device_of, engine_of
+from basiscli.engine.cluster import cluster_of, device_of, open_engine
 from basiscli.engine.settings import Cluster, run_settings
 from basiscli.hub.resolve import resolve
 from basiscli.progress import Progress, Silent
@@ -135,7 +135,7 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
 
     device = device_of(plan.settings)
     with (
-        engine_of(plan, plan.settings) as engine,
+        open_engine(plan, plan.settings) as engine,
         partial_output(plan, progress, resume=plan.settings.resume) as output,
     ):
         run = run_type(plan)(plan, output, progress, device, engine)

@@ -16,7 +16,7 @@ from basiscli.checkpoints.nola import PREFIX, coefficient_counts, is_nola
 from basiscli.checkpoints.packing import stored_form
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.output_folder import check_disk, output_folder
 from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.rates import MEASURED, Rates
 from basiscli.errors import InputError, UsageError
@@ -149,7 +149,7 @@ def plan_nola(
         checkpoint, modules = _on_base(adapter, base, headers_only=settings.headers_only)
     name = source.label.rpartition("/")[2].partition("@")[0]
     inputs = [source, *([checkpoint.source] if checkpoint else [])]
-    place = output_place(out or Path(f"{name}-nola"), inputs, overwrite=settings.overwrite)
+    place = output_folder(out or Path(f"{name}-nola"), inputs, overwrite=settings.overwrite)
     # More columns than the bases span cost the columns that they do span: of two factors of k coefficients each the
     # share that random bases hold falls with the square of the rank.
     widest = max(max(m.in_features, m.out_features) for m in modules)

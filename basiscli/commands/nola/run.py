@@ -18,7 +18,7 @@ from basiscli.checkpoints.packing import packed, rounding_variance, unpacked
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.nola.distil import Distillation, Survival
 from basiscli.commands.nola.plan import NolaModule, NolaPlan
-from basiscli.engine.devices import within_memory, working_dtype
+from basiscli.engine.devices import explain_out_of_memory, working_dtype
 from basiscli.engine.settings import default_workers
 from basiscli.engine.threads import Threads
 from basiscli.errors import GateFailed, InputError
@@ -27,7 +27,7 @@ from basiscli.linalg.lowrank import LowRank
 from basiscli.linalg.nola import factor_bases
 from basiscli.linalg.nola_fit import fit, share_held
 from basiscli.linalg.randbasis import RandomBases
-from basiscli.model.moments import Modules, MomentsRun
+from basiscli.model.moments import CalibrationTargets, MomentsRun
 from basiscli.progress import Progress
 from basiscli.runtime.load import load_tokenizer, load_weights
 
@@ -75,7 +75,7 @@ class NolaRun:
             GateFailed: less survives than was asked for.
             ResourceError: memory ran out.
         """
-        with within_memory("a smaller --bases, --batch or --length"):
+        with explain_out_of_memory("a smaller --bases, --batch or --length"):
             started = time.monotonic()
             if self.plan.base is None:
                 self._fit_alone()
@@ -113,7 +113,9 @@ class NolaRun:
         count = max(1, _MOMENT_TOKENS // training.ids.shape[1])
         by_name = {module.loaded: module for module in self.plan.modules}
         engine = Threads(1 if self.device.type == "cuda" else default_workers())
-        run = MomentsRun(Modules(base, {n: n for n in by_name}), self.output, self.progress, self.device, engine)
+        run = MomentsRun(
+            CalibrationTargets(base, {n: n for n in by_name}), self.output, self.progress, self.device, engine
+        )
         for moments in run.moments(training.spread(count)):
             for name, stored in moments.items():
                 inputs = stored.load(self.device)

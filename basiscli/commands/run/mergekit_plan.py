@@ -21,8 +21,8 @@ from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.settings import Settings
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
-from basiscli.model.stacked import Stretch, depth_of, stacked
-from basiscli.model.vocabulary import Revocabulated, renumbered_files
+from basiscli.model.stacked import LayerRange, layer_count, stack_layers
+from basiscli.model.vocabulary import ReindexedCheckpoint, files_with_new_token_ids
 from basiscli.registry import Registry
 from basiscli.transforms import Method
 
@@ -146,7 +146,7 @@ def _whole(recipe: MergekitRecipe, method: Method, stored: Mapping[ModelName, Ch
     """Return `models` as one slice of all layers; a base that is not listed joins where the method has a use for it."""
     listed = recipe.part.models or []
     # At least one layer: a model without any has its other tensors.
-    depths = {name: max(1, depth_of(checkpoint)) for name, checkpoint in stored.items()}
+    depths = {name: max(1, layer_count(checkpoint)) for name, checkpoint in stored.items()}
     sources = [
         InputSlice(model=one.model, layer_range=(0, depths[one.model]), parameters=one.parameters) for one in listed
     ]
@@ -170,7 +170,7 @@ def _inputs(
         sources = [part.sources[place] for part, place in zip(parts, places, strict=True)]
         if recipe.part.slices is None:
             return models[sources[0].model]
-        return stacked([_stretch(source, models[source.model], file) for source in sources])
+        return stack_layers([_stretch(source, models[source.model], file) for source in sources])
 
     others = [at(places) for places in zip(*(role.others for role in roles), strict=True)]
     bases = [role.base for role in roles if role.base is not None]
@@ -188,14 +188,14 @@ def _inputs(
     return others, base
 
 
-def _stretch(source: InputSlice, model: Model, file: Path) -> Stretch:
+def _stretch(source: InputSlice, model: Model, file: Path) -> LayerRange:
     if not isinstance(model, Checkpoint) or model.is_assembled:
         raise InputError(
             f"{source.model} is no plain checkpoint: slices take layers of those",
             file=file,
             remedy="write adapters into a checkpoint first (basis expand), and leave out the tokenizer",
         )
-    return Stretch(model, *source.layer_range)
+    return LayerRange(model, *source.layer_range)
 
 
 def _revocabulated(
@@ -215,9 +215,9 @@ def _revocabulated(
         aligned = align(choice, stored, recipe.base_model, file)
         tokenizer, notes = aligned.tokenizer, aligned.notes
         if aligned.rows is not None:
-            opened = {name: Revocabulated(stored[name], rows) for name, rows in aligned.rows.items()}
+            opened = {name: ReindexedCheckpoint(stored[name], rows) for name, rows in aligned.rows.items()}
             notes.append(f"the models' tokens are brought to one vocabulary of {len(tokenizer)}")
-            files = renumbered_files(stored[base], aligned.rows[base])
+            files = files_with_new_token_ids(stored[base], aligned.rows[base])
     if recipe.chat_template is not None:
         template = chat_template(recipe.chat_template, [one.source for one in stored.values()], file)
         if template is None:

@@ -15,7 +15,7 @@ from basiscli.commands.run.mergekit import IGNORED, MergekitRecipe, OutputSlice
 from basiscli.commands.run.reading import in_recipe
 from basiscli.commands.run.setting import Scalar, Setting, value_at
 from basiscli.errors import InputError, UsageError, did_you_mean
-from basiscli.model.architecture import comes_first, layer_of, with_layer
+from basiscli.model.architecture import is_before_layers, layer_of, with_layer
 from basiscli.transforms import Choices, Method
 from basiscli.transforms.per_model import is_per_model
 
@@ -93,7 +93,7 @@ class TensorParameters:
         """Return a tensor's slice, its depth in it from 0 to 1, and its layer's number in it."""
         layer = layer_of(name)
         if layer is None:  # before the layers, or after them
-            return (0 if comes_first(name) else len(self.slices) - 1), 0.0, None
+            return (0 if is_before_layers(name) else len(self.slices) - 1), 0.0, None
         for number, part in enumerate(self.slices):
             layers = part.sources[0].layers
             if layer < layers:
