@@ -10,7 +10,7 @@ import torch
 
 from basiscli.engine.streams import same_stream
 from basiscli.engine.tasks import Task
-from basiscli.linalg.eigen import GivenUp, Step
+from basiscli.linalg.eigen import Aborted, Lockstep
 
 MAX_TASKS = 16
 """Tasks in one batch, at most."""
@@ -64,15 +64,15 @@ def do_task(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, dict[str
     """
     if not task.members:
         return {task.key: do(*task.arguments)}
-    step, stream = Step(len(task.members)), same_stream()
+    lockstep, stream = Lockstep(len(task.members)), same_stream()
     entries: dict[str, dict[str, Any]] = {}
     errors: list[BaseException] = []
 
     def work(number: int, member: Task) -> None:
         try:
-            with stream(), step.member(number):
+            with stream(), lockstep.member(number):
                 entries[member.key] = do(*member.arguments)
-        except GivenUp:
+        except Aborted:
             pass  # the thread that failed says why
         except BaseException as error:  # handed to the caller's thread
             errors.append(error)
@@ -87,7 +87,7 @@ def do_task(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, dict[str
         for thread in threads:
             thread.join()
     except BaseException:  # a signal, where this is the main thread: nothing may be writing when it is passed on
-        step.give_up()
+        lockstep.abort()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

@@ -1,4 +1,4 @@
-"""From a recipe in mergekit's format to the plan of a merge."""
+"""The plan of a merge from a recipe in mergekit's format."""
 
 from __future__ import annotations
 
@@ -32,10 +32,17 @@ _PAIR = (2, 2)
 def plan_mergekit(
     recipe: MergekitRecipe, file: Path, registry: Registry, *, out: str | Path | None, settings: Settings
 ) -> MergePlan:
-    """Plan what a recipe asks for; `dtype` and `out_dtype` give way to the settings'.
+    """Return the plan of a recipe's merge; a `dtype` in the settings comes before the recipe's.
+
+    Args:
+        recipe: the parsed recipe.
+        file: it was read from, copied into the output.
+        registry: finds the merge method.
+        out: folder to write; by default the recipe's name, here.
+        settings: of the run.
 
     Raises:
-        UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
+        UsageError, InputError, HubError, ResourceError: anything wrong that shows before weights are read.
     """
     with in_recipe(file, "merge_method"):
         method = registry.find("merge", recipe.merge_method)
@@ -52,7 +59,7 @@ def plan_mergekit(
     stored = {
         name: _open(name, file, headers_only=settings.headers_only, tokenizer=tokenizer) for name in recipe.names()
     }
-    opened, files, notes = _revocabulated(recipe, stored, file)
+    opened, files, notes = _with_vocabulary(recipe, stored, file)
     models: dict[ModelName, Model] = {
         name: checkpoint
         if name.lora is None
@@ -127,18 +134,18 @@ class _Roles:
 def _roles(part: OutputSlice, base: ModelName | None, method: Method, number: int, file: Path) -> _Roles:
     base = part.base_model or base
     names = [source.model for source in part.sources]
-    place = names.index(base) if base in names else None
+    index = names.index(base) if base in names else None
     everyone = list(range(len(names)))
     if "base" in method.wants:
-        if place is None and (method.needs_base or base is not None):
+        if index is None and (method.needs_base or base is not None):
             raise InputError(
                 f"{method.name} needs a base" if base is None else f"slices.{number}: the base {base} is not in it",
                 file=file,
                 remedy="name it as base_model, and in slices list it among the sources",
             )
-        return _Roles(place, [one for one in everyone if one != place])
-    if method.models == _PAIR and place is not None:  # an interpolation begins at the base
-        return _Roles(None, [place, *(one for one in everyone if one != place)])
+        return _Roles(index, [one for one in everyone if one != index])
+    if method.models == _PAIR and index is not None:  # an interpolation begins at the base
+        return _Roles(None, [index, *(one for one in everyone if one != index)])
     return _Roles(None, everyone)
 
 
@@ -166,13 +173,13 @@ def _inputs(
 ) -> tuple[list[Model], Checkpoint | None]:
     """Return the models in the method's order and the base: of slices, checkpoints made of one source of each."""
 
-    def at(places: Sequence[int]) -> Model:
-        sources = [part.sources[place] for part, place in zip(parts, places, strict=True)]
+    def at(indices: Sequence[int]) -> Model:
+        sources = [part.sources[index] for part, index in zip(parts, indices, strict=True)]
         if recipe.part.slices is None:
             return models[sources[0].model]
-        return stack_layers([_stretch(source, models[source.model], file) for source in sources])
+        return stack_layers([_layer_range(source, models[source.model], file) for source in sources])
 
-    others = [at(places) for places in zip(*(role.others for role in roles), strict=True)]
+    others = [at(indices) for indices in zip(*(role.others for role in roles), strict=True)]
     bases = [role.base for role in roles if role.base is not None]
     if not bases:
         return others, None
@@ -188,7 +195,7 @@ def _inputs(
     return others, base
 
 
-def _stretch(source: InputSlice, model: Model, file: Path) -> LayerRange:
+def _layer_range(source: InputSlice, model: Model, file: Path) -> LayerRange:
     if not isinstance(model, Checkpoint) or model.is_assembled:
         raise InputError(
             f"{source.model} is no plain checkpoint: slices take layers of those",
@@ -198,7 +205,7 @@ def _stretch(source: InputSlice, model: Model, file: Path) -> LayerRange:
     return LayerRange(model, *source.layer_range)
 
 
-def _revocabulated(
+def _with_vocabulary(
     recipe: MergekitRecipe, stored: Mapping[ModelName, Checkpoint], file: Path
 ) -> tuple[dict[ModelName, Checkpoint], dict[str, bytes] | None, list[str]]:
     """Return the models with the vocabulary that the recipe asks for, the files that go with it, and notes."""
