@@ -55,9 +55,9 @@ class Layout:
         """Return tensors distributed over shards of at most `shard_bytes`; a larger tensor gets its own shard.
 
         Args:
-            tensors: in the order in which they shall be stored.
+            tensors: in the order of the shards.
             shard_bytes: size limit of a shard.
-            single_file: put everything in one file of this name, whatever its size (adapters).
+            single_file: name of one file for all tensors, whatever its size (adapters).
         """
         groups: list[list[TensorSpec]] = [[]]
         room = shard_bytes

@@ -34,7 +34,7 @@ def coefficient_counts(count: int, rank: int, in_features: int, out_features: in
 
 
 def note_features(features: dict[str, list[int]], module: str, sizes: list[int]) -> None:
-    """Add a module's [in, out] to the `features` table, under its last name component or, if that differs, its full name."""
+    """Add a module's [in, out] to a `features` table, by its last name component or, if that differs, its full name."""
     leaf = module.rpartition(".")[2]
     if features.setdefault(leaf, sizes) != sizes or module in features:
         features[module] = sizes

@@ -54,7 +54,7 @@ def expand(adapter: str | Path, *, progress: Progress | None = None, **options: 
 
     Args:
         adapter: folder or Hub id of the trained adapter.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:

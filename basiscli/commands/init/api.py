@@ -50,7 +50,7 @@ def init(model: str | Path, *, progress: Progress | None = None, **options: Any)
 
     Args:
         model: a folder, a weights file or a Hub id.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -69,7 +69,7 @@ def extract(model: str | Path, *, base: str | Path, progress: Progress | None = 
     Args:
         model: the fine-tuned model.
         base: what it was tuned from.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
