@@ -43,7 +43,7 @@ class Layout:
     """All shards of an output.
 
         layout = Layout.plan([TensorSpec("w", "BF16", (4096, 4096))], shard_bytes=5_000_000_000)
-        layout.locations()["w"]  # ("model.safetensors", 80)
+        layout.locations()["w"]  # ("model.safetensors", 112)
 
     It depends on names, dtypes, shapes and the size limit alone.
     """

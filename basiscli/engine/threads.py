@@ -74,18 +74,18 @@ class Threads:
         queue: Iterator[Task] = iter(largest_first(tasks))
         lock = threading.Lock()
         largest = max((task.workspace for task in tasks), default=0)
-        places: Sequence[torch.device | None] = self.devices or (None,)
-        budgets = [MemoryBudget(max(budget_bytes(place, self.memory), largest)) for place in places]
+        devices: Sequence[torch.device | None] = self.devices or (None,)
+        budgets = [MemoryBudget(max(budget_bytes(device, self.memory), largest)) for device in devices]
         failure: BaseException | None = None
 
         def take() -> Task | None:
             with lock:
                 return next(queue, None) if failure is None else None
 
-        def work(place: torch.device | None, budget: MemoryBudget) -> None:
+        def work(device: torch.device | None, budget: MemoryBudget) -> None:
             nonlocal failure
             try:
-                with on_device(place):
+                with on_device(device):
                     while (task := take()) is not None:
                         with budget.acquire(task.workspace, lambda: failure is not None) as held:
                             if not held:
@@ -110,7 +110,7 @@ class Threads:
             threads = [
                 threading.Thread(
                     target=work,
-                    args=(places[n % len(places)], budgets[n % len(budgets)]),
+                    args=(devices[n % len(devices)], budgets[n % len(budgets)]),
                     name=f"basis-{n}",
                     daemon=True,
                 )

@@ -37,29 +37,29 @@ class Collector:
         self.inputs = Inputs({}, {})
         self._last: tuple[Tensor, str] | None = None
 
-    def add(self, name: str, given: Tensor) -> None:
+    def add(self, name: str, value: Tensor) -> None:
         """Record a module's input [windows, tokens, in] or [rows, in].
 
         Raises:
             StopForward: it was the last of the awaited modules.
         """
         rows, readers = self.inputs.rows, self.inputs.readers
-        if self._last is not None and given is self._last[0] and readers.get(name) in (None, self._last[1]):
+        if self._last is not None and value is self._last[0] and readers.get(name) in (None, self._last[1]):
             readers[name] = self._last[1]  # the same tensor as its neighbour's: q, k and v
         else:
             first = readers.setdefault(name, name)
-            own = self._rows(given)
+            own = self._rows(value)
             rows[first] = torch.cat([rows[first], own]) if first in rows else own
-            self._last = given, first
+            self._last = value, first
         if self._awaited:
             self._awaited.discard(name)
             if not self._awaited:
                 raise StopForward
 
-    def _rows(self, given: Tensor) -> Tensor:
+    def _rows(self, value: Tensor) -> Tensor:
         """Return the rows that count: a copy, whatever the model does to its tensor afterwards."""
-        if self._counted is not None and given.dim() == 3 and given.shape[:2] == self._counted.shape:
-            return given[self._counted]
-        if self._counted is not None and given.dim() == 2 and given.shape[0] == self._counted.numel():
-            return given[self._counted.flatten()]
-        return given.flatten(0, -2).clone()  # one row a window (a pooler), or tokens that a router chose
+        if self._counted is not None and value.dim() == 3 and value.shape[:2] == self._counted.shape:
+            return value[self._counted]
+        if self._counted is not None and value.dim() == 2 and value.shape[0] == self._counted.numel():
+            return value[self._counted.flatten()]
+        return value.flatten(0, -2).clone()  # one row a window (a pooler), or tokens that a router chose

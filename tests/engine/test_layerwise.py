@@ -126,7 +126,7 @@ def test_moments_are_the_same_bits_for_any_number_of_workers(
             assert torch.equal(getattr(moments, part), getattr(many[name], part)), (name, part)
 
 
-@pytest.mark.parametrize(("width", "band"), [(12, 512), (520, 512), (600, 32)])  # 1, 2, and 7 strips of 3 bands
+@pytest.mark.parametrize(("width", "band"), [(12, 512), (520, 512), (600, 32)])  # 1, 2, and 7 row blocks of 3 bands
 def test_a_large_mean_takes_no_digits(width: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of mean 1,000 and deviation 1: squares summed in float32 would leave no variance."""
     monkeypatch.setattr("basiscli.model.stored_moments._BAND", band)

@@ -88,7 +88,7 @@ class Training:
         device = self.start.device
         generator = _generator(self.seed * 1_000_003 + step)
         ranks = self.method.draw(tuple(self.start.shape[:3]), self.levels, generator)
-        batch = self.windows.select(self._places(step))
+        batch = self.windows.select(self._window_indices(step))
         inputs = {name: x.to(device) for name, x in batch.inputs.items()}
         with torch.no_grad():
             set_bases(self.projectors, None)
@@ -106,17 +106,17 @@ class Training:
         optimiser.step()
         self.losses.append(loss)
 
-    def _places(self, step: int) -> Tensor:
+    def _window_indices(self, step: int) -> Tensor:
         """Return which windows a step takes: every epoch goes through all in an order of its own."""
         numbers = torch.arange(step * self.batch, (step + 1) * self.batch)
-        places = []
+        indices = []
         for number in numbers.tolist():
-            epoch, place = divmod(number, len(self.windows))
+            epoch, index = divmod(number, len(self.windows))
             if not self._orders or self._orders[0] != epoch:
                 shuffled = torch.randperm(len(self.windows), generator=_generator(self.seed + epoch))
                 self._orders = (epoch, shuffled)
-            places.append(self._orders[1][place])
-        return torch.stack(places)
+            indices.append(self._orders[1][index])
+        return torch.stack(indices)
 
     _orders: tuple[int, Tensor] | None = None
 
