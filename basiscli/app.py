@@ -1,4 +1,4 @@
-"""The command line, put together from the declarations of the installed commands, ours and anyone's alike.
+"""The Typer application of `basis`, made from the declarations of the installed commands.
 
 Importing it must stay cheap: commands import what they need when they run, and of a call that names a command only that
 one's declaration is read.
@@ -22,7 +22,7 @@ _COMPLETION = "_BASIS_COMPLETE"  # set by the shell that asks for completions
 
 
 def assemble(words: Sequence[str] | None = None) -> typer.Typer:
-    """Return the application with the command that some words of a command line name, or with all commands."""
+    """Return the Typer application; for a command line's words, only the command that they name is fully loaded."""
     app = typer.Typer(
         name="basis",
         help="Model surgery: merge, compress and initialise checkpoints and adapters.",
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the whole application when it is asked for: `from basiscli.app import app`."""
+    """Make the application with all commands on first access: `from basiscli.app import app`."""
     if name != "app":
         raise AttributeError(f"module 'basiscli.app' has no attribute '{name}'")
     globals()["app"] = assemble()

@@ -1,4 +1,4 @@
-"""Every error a user can meet, each with what is wrong, where, and what to do.
+"""Exceptions of basis, each with a message, the file and tensor concerned, and a remedy.
 
     BasisError            1  a bug in basis, or a plugin's
     ├── UsageError        2  the command or its parameters
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BasisError(Exception):
-    """What is wrong, in which file and tensor, and what to do about it."""
+    """Base of all errors: `what` is wrong, in which `file` and `tensor`, and the `remedy`."""
 
     exit_code: ClassVar[int] = 1
 
@@ -71,13 +71,13 @@ class InputError(BasisError):
 
 
 class GateFailed(BasisError):
-    """A number of the report is outside what was asked for."""
+    """A condition of `--fail-if` is true of the report's numbers."""
 
     exit_code = 4
 
 
 class HubError(BasisError):
-    """The network or the Hub said no."""
+    """The Hub refused a request, or the network failed."""
 
     exit_code = 5
 
@@ -89,7 +89,7 @@ class ResourceError(BasisError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'x'? …" for a misspelt word, and what is known in any case."""
+    """Return "did you mean 'x'? (known: …)" for a misspelt word; without a close match, only the known words."""
     names = sorted(known)
     close = get_close_matches(word, names, n=1)
     listing = f"known: {', '.join(names)}" if names else "none is known"

@@ -43,11 +43,12 @@ _WORDS = re.compile(rf"(?<![\w.])({'|'.join(set(keyword.kwlist) - {'and', 'or', 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison that was made, with both values."""
+    """One evaluated comparison of a gate."""
 
     text: str
+    """As written: `kl > 0.1`."""
     shown: str
-    """The same with the value of everything in it."""
+    """With values: `kl = 0.2 > 0.1`."""
     left: float
     right: float
     holds: bool
@@ -58,20 +59,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a gate came to."""
+    """The result of evaluating a gate."""
 
     expression: str
     failed: bool
     comparisons: tuple[Comparison, ...]
     cause: str | None = None
-    """Why it failed where no comparison could tell: a value that is not a number, a division by zero."""
+    """Why it failed without a comparison: a value that is not a number, a division by zero."""
 
     def __str__(self) -> str:
         shown = [str(one) for one in self.comparisons]
         return f"gate '{self.expression}': " + "; ".join([*shown, *([self.cause] if self.cause else [])])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data; JSON has no numbers for NaN and Inf."""
+        """Return plain data, for `--json`; NaN and Inf as strings."""
         made = [
             {"comparison": one.text, "left": one.left, "right": one.right, "holds": one.holds}
             for one in self.comparisons
@@ -86,26 +87,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition under which a run fails."""
+    """A parsed condition under which a run fails."""
 
     expression: str
     names: frozenset[str]
+    """The numbers that it uses."""
     tree: ast.expr = field(repr=False)
 
     def check_names(self, known: Collection[str]) -> None:
-        """Refuse a name that no number has.
+        """Raise if the condition uses an unknown number.
 
         Args:
-            known: the numbers' names; `*` stands for what only the work can tell: 'task_arc_easy_*'.
+            known: the numbers' names; with `*` for parts that depend on the data: 'task_arc_easy_*'.
 
         Raises:
-            UsageError: with the nearest name that there is.
+            UsageError: with the nearest known name.
         """
         for name in sorted(name for name in self.names if not any(fnmatchcase(name, one) for one in known)):
             raise UsageError(f"--fail-if '{self.expression}': no number '{name}'", remedy=did_you_mean(name, known))
 
     def outcome(self, numbers: Mapping[str, float]) -> Outcome:
-        """Evaluate the condition.
+        """Return the result of the condition for these numbers.
 
         A value that is no number (0/0, a perplexity that overflowed) makes the gate fail: every comparison with it is
         false, and a gate that is meant to stop a broken model would let the most broken one pass.
@@ -124,10 +126,12 @@ class Gate:
 
 
 def parse_gate(expression: str) -> Gate:
-    """Read a condition.
+    """Return a parsed condition.
+
+        parse_gate("perplexity_increase > 0.05").outcome({"perplexity_increase": 0.1}).failed  # True
 
     Raises:
-        UsageError: it is not one comparison, or several joined by `and`, `or` and `not`.
+        UsageError: it is not a comparison, or several joined by `and`, `or` and `not`.
     """
     if len(expression) > _MOST_CHARACTERS:
         raise UsageError(f"--fail-if: {len(expression)} characters", remedy=f"at most {_MOST_CHARACTERS}")
@@ -148,7 +152,7 @@ def parse_gate(expression: str) -> Gate:
 
 
 def check_gates(gates: Sequence[Gate], numbers: Mapping[str, float]) -> list[Outcome]:
-    """Return what every gate came to; `failure_of` turns those that failed into an error."""
+    """Return the outcome of every gate; `failure_of` turns failed ones into an error."""
     return [gate.outcome(numbers) for gate in gates]
 
 

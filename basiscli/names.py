@@ -1,4 +1,4 @@
-"""Order and spelling of names, sizes and numbers."""
+"""Sorting and formatting of tensor names, sizes, counts and numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of '5GB', '500MiB' or '1000'."""
+    """Return the bytes of '5GB', '500MiB' or '1000'.
+
+    Raises:
+        UsageError: the text is not a positive size.
+    """
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     try:
         size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
@@ -43,7 +47,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """Return bytes as people read them, in powers of ten as disks and the Hub count: '538.1 MB'."""
+    """Return a size in bytes in decimal units, as disks and the Hub count: '538.1 MB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -57,7 +61,7 @@ def format_count(count: int, thing: str) -> str:
 
 
 def for_json(value: Any) -> Any:
-    """Return plain data with the words 'nan', 'inf' and '-inf' in the place of numbers that JSON does not have."""
+    """Return plain data with the strings 'nan', 'inf' and '-inf' in place of those floats, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -66,7 +70,7 @@ def for_json(value: Any) -> Any:
 
 
 def seed_for(seed: int, name: str) -> int:
-    """Return a seed for the work on one tensor that depends on its name and not on when it is worked on."""
+    """Return a 56-bit seed for one tensor that depends on the run's seed and the tensor's name alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest())
 
 

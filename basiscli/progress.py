@@ -1,31 +1,35 @@
-"""What shows how far a run is."""
+"""Progress displays."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Protocol
 
 
 class Progress(Protocol):
-    """What shows how far a run is."""
+    """Shows the progress of a run, one pass after another.
+
+        progress.start("merging", tasks=200, size=5_000_000_000)
+        progress.advance(25_000_000)  # from any thread
+        progress.stop()
+
+    Python functions take one as `progress`; `Silent` is the default.
+    """
 
     def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
-        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
+        """Begin a pass of `tasks` tasks with `size` bytes (or another unit) in all; `what` is its title."""
 
     def advance(self, size: int) -> None:
-        """Note that one task of this size is finished."""
+        """Count one finished task of this size."""
 
     def note(self, text: str) -> None:
-        """Say how the work stands, beside the bar."""
+        """Show a text, such as the loss, beside the bar."""
 
     def stop(self) -> None:
         """End the display."""
 
 
 class Silent:
-    """No display."""
+    """A progress display that shows nothing."""
 
     def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
         """Show nothing."""
@@ -41,7 +45,7 @@ class Silent:
 
 
 class PartOf:
-    """The display of tasks that are part of a longer pass: it goes on, and does not begin again."""
+    """A progress display for tasks within a longer pass, whose bar goes on: `start` and `stop` do nothing."""
 
     def __init__(self, whole: Progress) -> None:
         self._whole = whole
@@ -50,12 +54,12 @@ class PartOf:
         """Leave the display as it is."""
 
     def advance(self, size: int) -> None:
-        """Count a task that stands for something in the whole."""
+        """Count a finished task, if it has a size in the whole."""
         if size:
             self._whole.advance(size)
 
     def note(self, text: str) -> None:
-        """Say how the work stands."""
+        """Show a text beside the bar of the whole."""
         self._whole.note(text)
 
     def stop(self) -> None:

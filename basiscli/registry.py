@@ -1,4 +1,4 @@
-"""Finding transforms: entry points of installed packages, ours and anyone's alike, and single files given by hand."""
+"""Finding methods: entry points of installed packages, and Python files given with `--plugin`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,25 @@ FAMILIES: tuple[Family, ...] = ("merge", "init", "compress")
 
 @dataclass
 class Registry:
-    """The transforms that can be used, loaded when asked for."""
+    """The installed methods by family and name, and those of plugin files; each is loaded when it is asked for.
+
+        registry = Registry.with_files([Path("mean.py")])
+        registry.names("merge")  # ["dare_linear", …, "mean", …]
+        method = registry.find("merge", "ties")
+
+    Families are `merge`, `init` and `compress`.
+    """
 
     from_files: dict[tuple[str, str], tuple[Method, Path]] = field(default_factory=dict)
+    """(method, its file) by (family, name)."""
 
     @classmethod
     def with_files(cls, files: list[Path]) -> Registry:
-        """Return a registry that also knows the transforms of some Python files."""
+        """Return a registry of the installed methods and those in Python files, which are run.
+
+        Raises:
+            UsageError: a file does not load or defines no method.
+        """
         registry = cls()
         for file in files:
             for method in _methods_of_file(file):
@@ -30,15 +42,15 @@ class Registry:
         return registry
 
     def names(self, family: Family) -> list[str]:
-        """Return the names of a family's transforms without loading any."""
+        """Return the names of a family's methods, sorted, without loading any."""
         own = [name for kind, name in self.from_files if kind == family]
         return sorted({*own, *(point.name for point in entry_points(group=f"basis.{family}"))})
 
     def find(self, family: Family, name: str) -> Method:
-        """Return one transform.
+        """Return a method of a family by name.
 
         Raises:
-            UsageError: unknown, defined by two packages, or its package does not load.
+            UsageError: it is unknown, defined by two packages, or its package does not load.
         """
         points = _distinct(name, [p for p in entry_points(group=f"basis.{family}") if p.name == name])
         given = self.from_files.get((family, name))

@@ -21,7 +21,7 @@ from basiscli.calibration.tokens import read_windows
 from basiscli.checkpoints.packing import packed, rounding_variance, unpacked
 from basiscli.linalg.lowrank import LowRank
 from basiscli.linalg.nola import factor_bases
-from basiscli.linalg.nola_fit import fit, share_held
+from basiscli.linalg.nola_fit import explained_share, fit
 from tests import kv_models
 from tests.conftest import snapshot
 from tests.init_models import load, quiet_peft
@@ -116,7 +116,7 @@ def test_coefficients_are_fitted_for_the_rounding_that_awaits_them(bits: int, le
         a, b = (
             one.combination(unpacked(packed(c, bits), 200)) for one, c in zip(bases, (found.a, found.b), strict=True)
         )
-        shares.append(share_held(target, LowRank(b, a, target.shape), None)[0])
+        shares.append(explained_share(target, LowRank(b, a, target.shape), None)[0])
     assert shares[1] > max(least, shares[0])
 
 

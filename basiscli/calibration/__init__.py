@@ -1,1 +1,1 @@
-"""Calibration: text to token batches, and what is measured on them."""
+"""Calibration text: windows of tokens, and the built-in mix."""

@@ -1,4 +1,4 @@
-"""Calibration text turned into windows of tokens."""
+"""Calibration text as windows of tokens of one length."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ class Windows:
     ids: Tensor
     """[windows, length] int64."""
     labels: Tensor
-    """The token to be predicted at each place, −100 where none is (the last place of a window, padding)."""
+    """The next token [windows, length] int64; −100 where none counts: at a window's end and in padding."""
     attention_mask: Tensor | None
+    """[windows, length] int64, 0 for padding; None without padding."""
     name: str
-    """Where the text came from."""
+    """Name of the text's file, or `built-in mix`."""
     sha256: str
-    """Of the token ids' bytes."""
+    """Digest of the token ids."""
     counted: Tensor | None = None
-    """Which tokens' activations count [windows, length]: no padding, none whose own label is −100; None for all."""
+    """Whose activations are summed, bool [windows, length]: not padding's nor masked tokens'; None for all."""
 
     @property
     def tokens(self) -> int:
@@ -46,19 +47,19 @@ class Windows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def select(self, places: Tensor | slice | list[int]) -> Windows:
-        """Return some of the windows."""
-        mask = None if self.attention_mask is None else self.attention_mask[places]
-        counted = None if self.counted is None else self.counted[places]
-        return Windows(self.ids[places], self.labels[places], mask, self.name, self.sha256, counted)
+    def select(self, indices: Tensor | slice | list[int]) -> Windows:
+        """Return the windows of these indices."""
+        mask = None if self.attention_mask is None else self.attention_mask[indices]
+        counted = None if self.counted is None else self.counted[indices]
+        return Windows(self.ids[indices], self.labels[indices], mask, self.name, self.sha256, counted)
 
     def spread(self, count: int) -> Windows:
-        """Return at most so many windows, spread over the text: its subject may change from beginning to end."""
+        """Return at most `count` windows at equal distances: a text's subject may change from beginning to end."""
         count = min(count, len(self))
-        return self.select([place * len(self) // count for place in range(count)])
+        return self.select([index * len(self) // count for index in range(count)])
 
     def shortened(self, length: int) -> Windows:
-        """Return the windows cut to at most so many tokens."""
+        """Return the windows cut to their first `length` tokens, at most."""
         mask = None if self.attention_mask is None else self.attention_mask[:, :length]
         counted = None if self.counted is None else self.counted[:, :length]
         labels = self.labels[:, :length].clone()
@@ -67,33 +68,36 @@ class Windows:
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        """What a model's forward takes."""
+        """Keyword arguments of a transformers model's forward: `input_ids`, and `attention_mask` where there is one."""
         return {"input_ids": self.ids} | (
             {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
         )
 
 
-def read_windows(place: str | Path | None, tokenizer: Any, length: int, vocabulary: int) -> Windows:
-    """Read calibration text and cut it into windows of `length` tokens.
+def read_windows(path: str | Path | None, tokenizer: Any, length: int, vocabulary: int) -> Windows:
+    """Return calibration text as windows of `length` tokens.
+
+        windows = read_windows("text.jsonl", lambda: load_tokenizer(folder), 512, vocabulary=49152)
+        model(**windows.select([0]).inputs)
 
     Args:
-        place: a text file, a JSONL file with a `text` field, a folder of such files, a safetensors file with
+        path: a text file, a JSONL file with a `text` field, a folder of such files, a safetensors file with
             `input_ids` (and maybe `attention_mask` and `labels`), or None for the built-in mix.
-        tokenizer: the model's; a function of no arguments that returns it, so that tokens need none.
-        length: tokens a window.
-        vocabulary: the model's; larger token ids are refused.
+        tokenizer: a function that returns the model's tokenizer; not called for a safetensors file.
+        length: tokens per window.
+        vocabulary: size of the model's; larger token ids are an error.
 
     Raises:
-        InputError: no such file, no text in it, fewer tokens than one window, or tokens of another vocabulary.
+        InputError: no such file, no text in it, fewer tokens than one window, or token ids beyond the vocabulary.
     """
     import torch
 
-    if place is not None and Path(place).suffix == ".safetensors":
-        return _tokens_of_file(Path(place), length, vocabulary)
-    name = BUILT_IN if place is None else Path(place).name
-    texts = list(_built_in() if place is None else _texts(Path(place)))
+    if path is not None and Path(path).suffix == ".safetensors":
+        return _tokens_of_file(Path(path), length, vocabulary)
+    name = BUILT_IN if path is None else Path(path).name
+    texts = list(_built_in() if path is None else _texts(Path(path)))
     if not any(text.strip() for text in texts):
-        raise InputError("no text in the calibration data", file=place, remedy=_ADVICE)
+        raise InputError("no text in the calibration data", file=path, remedy=_ADVICE)
     tok = tokenizer()
     before, after = _frame(tok)
     end = None if after else tok.eos_token_id
@@ -105,12 +109,12 @@ def read_windows(place: str | Path | None, tokenizer: Any, length: int, vocabula
             ids.append(end)
     if inner < 1 or len(ids) < inner:
         raise InputError(
-            f"the calibration text has {len(ids)} tokens, fewer than one window of {length}", file=place, remedy=_ADVICE
+            f"the calibration text has {len(ids)} tokens, fewer than one window of {length}", file=path, remedy=_ADVICE
         )
     windows = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
     edges = [torch.tensor(part, dtype=torch.long).expand(len(windows), -1) for part in (before, after)]
     windows = torch.cat([edges[0], windows, edges[1]], 1)
-    _check_vocabulary(windows, vocabulary, place)
+    _check_vocabulary(windows, vocabulary, path)
     return Windows(windows, _next_tokens(windows), None, name, _digest(windows))
 
 
@@ -136,11 +140,11 @@ def _next_tokens(ids: Tensor) -> Tensor:
     return labels
 
 
-def _check_vocabulary(ids: Tensor, vocabulary: int, place: str | Path | None) -> None:
+def _check_vocabulary(ids: Tensor, vocabulary: int, path: str | Path | None) -> None:
     if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
         raise InputError(
             f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}",
-            file=place,
+            file=path,
             remedy="the tokens were made with another tokenizer: make them with this model's",
         )
 
@@ -151,17 +155,17 @@ def _built_in() -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def _texts(place: Path) -> Iterator[str]:
-    if not place.exists():
-        raise InputError("no such calibration file", file=place, remedy="check the path")
+def _texts(path: Path) -> Iterator[str]:
+    if not path.exists():
+        raise InputError("no such calibration file", file=path, remedy="check the path")
     found = (
-        sorted(f for f in place.rglob("*") if f.is_file() and f.suffix in _TEXT_SUFFIXES) if place.is_dir() else [place]
+        sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in _TEXT_SUFFIXES) if path.is_dir() else [path]
     )
     for file in found:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            if place.is_dir():
+            if path.is_dir():
                 continue
             raise InputError(f"not readable as UTF-8 text: {error}", file=file, remedy=_ADVICE) from error
         yield from _lines(file, text) if file.suffix == ".jsonl" else [text]
@@ -219,7 +223,7 @@ def _tokens_of_file(file: Path, length: int, vocabulary: int) -> Windows:
     mask = given["attention_mask"].long() if "attention_mask" in given else None
     _check_vocabulary(ids if mask is None else ids * mask, vocabulary, file)
     labels = _next_tokens(ids)
-    if "labels" in given:  # as Trainer takes them: the token itself at its place, −100 where it does not count
+    if "labels" in given:  # as Trainer takes them: the token itself at its index, −100 where it does not count
         labels = torch.where(_next_tokens(given["labels"].long()) == -100, -100, labels)
     if mask is not None:
         labels = torch.where((mask * mask.roll(-1, 1)) == 1, labels, -100)

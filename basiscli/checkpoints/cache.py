@@ -1,4 +1,4 @@
-"""What basis keeps between commands: conversions to safetensors, and headers of models of the Hub.
+"""The cache folder of basis: conversions to safetensors, and headers of models on the Hub.
 
 The folder is `$BASIS_CACHE`, else `$XDG_CACHE_HOME/basis`, else `~/.cache/basis`. Everything in it can be made again.
 """
@@ -12,19 +12,21 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the cache's folder; it need not exist."""
+    """Return the path of the cache folder, which need not exist."""
     given = os.environ.get("BASIS_CACHE")
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basis"
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache; if it is not there, make it elsewhere and give it its name when it is complete.
+def cached(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return a cached folder, making it first if it does not exist; other processes never see it incomplete.
+
+        cached(cache_folder() / "converted" / key, lambda folder: convert(file, folder))
 
     Args:
-        folder: where it is, or will be.
-        make: fills the folder that it is given, which is empty.
+        folder: its path.
+        make: fills an empty folder, which then gets that path.
     """
     if folder.is_dir():
         return folder

@@ -1,6 +1,6 @@
-"""Pickled and GGUF checkpoints, turned into safetensors once and kept in the cache.
+"""Conversion of pickled and GGUF checkpoints to safetensors, kept in the cache.
 
-A conversion is found again by the path, size and modification time of what it was made from.
+Its cache key is the path, size and modification time of the original files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from basiscli.checkpoints.cache import cache_folder, made_once
+from basiscli.checkpoints.cache import cache_folder, cached
 from basiscli.checkpoints.files import read_json
 from basiscli.checkpoints.source import Source, models_in
 from basiscli.errors import BasisError, InputError, UsageError
@@ -22,26 +22,29 @@ _PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 
 def converted(source: Source) -> Path:
-    """Return a folder with the same weights in safetensors, converting them if the cache lacks them.
+    """Return a folder with the source's weights in safetensors, converting them if the cache lacks them.
 
-    What is made of a GGUF file also has its configuration and tokenizer; a pickle has none in it.
-
-    GGUF weights become float32, which holds every GGUF type without rounding.
+    For a GGUF file the folder also has the configuration and tokenizer that are in it; its weights become float32,
+    which holds every GGUF type without rounding.
 
     Raises:
-        InputError: no weights that can be read.
-        UsageError: a `.gguf` without the `gguf` extra installed.
+        InputError: there are no weights, or they cannot be read.
+        UsageError: a `.gguf` file without the `gguf` extra installed.
     """
     files = _foreign_files(source.path)
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:24]
     folder = cache_folder() / "converted" / f"{files[0].stem}-{key}"
     is_gguf = files[0].suffix == ".gguf"
-    return made_once(folder, lambda out: _convert_gguf(files[0], out) if is_gguf else _convert_pickles(files, out))
+    return cached(folder, lambda out: _convert_gguf(files[0], out) if is_gguf else _convert_pickles(files, out))
 
 
 def load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a pickled state dict, memory-mapped where its format allows; runs no code of the pickle."""
+    """Return the tensors of a pickled state dict by name, memory-mapped where its format allows; runs none of its code.
+
+    Raises:
+        InputError: the file is not a state dict, or needs code to be unpickled.
+    """
     import torch
 
     try:

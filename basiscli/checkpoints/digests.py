@@ -1,4 +1,4 @@
-"""Digests of tensors, files and whole sets of weights. Need no torch."""
+"""SHA-256 digests of tensors, files and sets of weights; without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from basiscli.errors import InputError
 
 
 def digest(chunks: Iterable[bytes | memoryview]) -> str:
-    """Return the SHA-256 of some bytes, in hexadecimal."""
+    """Return the SHA-256 of concatenated chunks of bytes, in hexadecimal."""
     state = hashlib.sha256()
     for chunk in chunks:
         state.update(chunk)
@@ -19,10 +19,10 @@ def digest(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def stored_digest(tensor: StoredTensor, block: int = 1 << 22) -> str:
-    """Return the SHA-256 of a stored tensor's bytes, read a block at a time.
+    """Return the SHA-256 of a stored tensor's bytes, reading `block` bytes at a time.
 
     Raises:
-        InputError: if the file ends before the tensor does.
+        InputError: the file cannot be read or ends before the tensor does.
     """
     state, left = hashlib.sha256(), tensor.nbytes
     try:
@@ -45,13 +45,13 @@ def stored_digest(tensor: StoredTensor, block: int = 1 << 22) -> str:
 
 
 def weights_digest(tensors: Iterable[TensorSpec], sha256: Mapping[str, str]) -> str:
-    """Return the digest of a set of tensors; see `Report.weights_digest`."""
+    """Return one digest of a set of tensors, given each one's SHA-256 by name; see `Report.weights_digest`."""
     lines = (f"{t.name} {t.dtype} {list(t.shape)} {sha256[t.name]}\n" for t in sorted(tensors, key=lambda t: t.name))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def file_digest(file: Path) -> str | None:
-    """Return the digest of a file's bytes, None if there is no such file."""
+    """Return the SHA-256 of a file in hexadecimal, None if it does not exist."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

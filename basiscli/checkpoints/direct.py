@@ -1,4 +1,4 @@
-"""Writing past the page cache, where the system can: no copy of the output is kept in memory that nobody reads.
+"""Direct writes (O_DIRECT), which bypass the page cache, where the system has them.
 
 A merge writes as fast as it reads, and the kernel spends more processor time on finding pages for what is written than
 on anything else it does for us. Direct writes need a block of the disk's own size, alignment and a buffer aligned
@@ -21,16 +21,16 @@ _own = threading.local()  # an aligned buffer a thread
 
 
 class DirectFile:
-    """A file whose descriptor writes whole pages directly."""
+    """A file to which whole pages are written by O_DIRECT."""
 
     def __init__(self, file: Path) -> None:
-        """Open a file that exists; on systems and file systems that cannot write directly nothing is."""
+        """Open an existing file; where the system has no O_DIRECT, `write` writes nothing."""
         self.descriptor: int | None = None
         with suppress(OSError):
             self.descriptor = os.open(file, os.O_WRONLY | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
 
     def write(self, data: memoryview, offset: int) -> tuple[int, int]:
-        """Write what can be written directly; return where in the data that begins and ends.
+        """Write the part of the data that fills whole pages at this offset; return its begin and end in the data.
 
         Raises:
             OSError: the disk is full or broken.
@@ -56,7 +56,7 @@ class DirectFile:
         return begin, position
 
     def close(self) -> None:
-        """Close the file; nothing is written directly any more."""
+        """Close the file; `write` writes nothing from now on."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None

@@ -1,4 +1,4 @@
-"""Writing to a disk, with errors that name the file and say how to go on."""
+"""Writing and syncing files, with errors that name the file and a remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from basiscli.errors import ResourceError
 
 
 def write_all(descriptor: int, data: memoryview, offset: int, file: Path) -> None:
-    """Write all of the data at an offset of an open file.
+    """Write all of the data to an open file, from a byte offset; `file` is its path for errors.
 
     Raises:
         ResourceError: the disk is full or fails.
@@ -23,7 +23,7 @@ def write_all(descriptor: int, data: memoryview, offset: int, file: Path) -> Non
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Call fsync on a file, or on a folder to make its entries durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,7 +32,7 @@ def sync(path: Path) -> None:
 
 
 def disk_error(error: OSError, path: Path) -> ResourceError:
-    """Return the error to raise for one of the system's: it names the file, and how to go on."""
+    """Return the `ResourceError` for an `OSError` on writing, with the file and a remedy."""
     return ResourceError(
         f"cannot write: {error.strerror or error}",
         file=path,

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors, by their names in the format and in torch. Needs no torch to look up."""
+"""The dtypes of safetensors, by their names in the format and in torch; importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class DType(NamedTuple):
-    """One storage dtype: its width in bits and torch's name for it, if torch has it."""
+    """A storage dtype: bits of an element, torch's name (None if torch lacks it), whether it holds real numbers."""
 
     bits: int
     torch_name: str | None
@@ -43,7 +43,7 @@ DTYPES: dict[str, DType] = {
     "F6_E3M2": DType(6, None, False),
     "F4": DType(4, None, False),
 }
-"""Every dtype of the format. `floating` means: usable as numbers by a transform."""
+"""Every dtype of the format by its name there. Only `floating` ones are merged or decomposed."""
 
 _SPOKEN = {
     "float32": "F32",
@@ -61,7 +61,11 @@ _SPOKEN = {
 
 
 def parse_dtype(word: str) -> str:
-    """Return the format's name ('BF16') of a dtype as people write it ('bfloat16', 'bf16')."""
+    """Return the format's name ('BF16') of a dtype that a user writes ('bfloat16', 'bf16').
+
+    Raises:
+        UsageError: no such dtype.
+    """
     name = _SPOKEN.get(word.lower().removeprefix("torch."))
     if name is None:
         raise UsageError(f"unknown dtype '{word}'", remedy=did_you_mean(word, _SPOKEN))
@@ -69,12 +73,12 @@ def parse_dtype(word: str) -> str:
 
 
 def is_quantised(dtype: str) -> bool:
-    """Return whether a dtype holds codes of a quantiser rather than numbers."""
+    """Return whether a dtype ('F8_E4M3', …) holds quantised codes, which mean nothing without their scales."""
     return dtype.startswith(("F8_", "F6_", "F4"))
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """Return torch's dtype object; imports torch."""
+    """Return torch's dtype for the format's name ('BF16'); imports torch."""
     import torch
 
     found: torch.dtype = getattr(torch, DTYPES[dtype].torch_name or "")
@@ -82,13 +86,13 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the format's name ('BF16') of one of torch's dtypes."""
+    """Return the format's name ('BF16') of a torch dtype."""
     spoken = str(dtype).removeprefix("torch.")
     return next(name for name, known in DTYPES.items() if known.torch_name == spoken)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU: its own memory where it is contiguous, else a copy's."""
+    """Return the bytes of a CPU tensor: a view of its memory where it is contiguous, else of a copy."""
     import torch
 
     if not tensor.numel():
@@ -98,7 +102,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes that a tensor of this dtype and shape takes."""
+    """Return the number of bytes of a tensor of this dtype ('BF16') and shape."""
     count = 1
     for size in shape:
         count *= size

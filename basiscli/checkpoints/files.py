@@ -1,4 +1,4 @@
-"""Names of the files that make up checkpoints and adapters, and reading their JSON."""
+"""File names of checkpoints and adapters, and reading of their JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 REPORT = "basis_report.json"
-"""What basis says of its own output, in that folder; a folder without it was not written by basis."""
+"""Name of the report in every output folder; a folder without it was not written by basis."""
 ADAPTER, RESIDUAL = "adapter", "residual"
-"""The two models in a folder that `basis init` made."""
+"""Sub-folders of the two models that `basis init` writes."""
 _MOST_JSON = 200_000_000  # an index of a million tensors; more would only fill the memory
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; an absent file is an empty table.
+    """Return the JSON object in a file, {} if the file does not exist.
 
     Raises:
-        InputError: if the file is there and holds anything but a JSON object.
+        InputError: the file is not a JSON object, is too large, or is a link out of its folder.
     """
     if not file.is_file():
         return {}
@@ -41,7 +41,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def leads_out(file: Path) -> bool:
-    """Return whether a file is really one outside of its folder.
+    """Return whether a file is a link to one outside of its folder.
 
     Such links, in a folder that a stranger made, would carry files of this machine into what is written and pushed. The
     Hub's cache is made of links to its blobs; these count as inside.

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read with distrust and written exactly.
+"""Reading, checking and writing of safetensors headers.
 
 The format: eight bytes with the header's length (little endian), a JSON object `name → {dtype, shape, data_offsets}`,
 then the bytes of the tensors without holes. Reading it here, without mapping the file, has three reasons: `inspect`
@@ -28,7 +28,7 @@ _REFETCH = "download or save the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, dtype (the format's word) and shape of a tensor, without its data."""
+    """Name, dtype ('BF16', as in the format) and shape of a tensor, without its data."""
 
     name: str
     dtype: str
@@ -47,37 +47,38 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a file: where its bytes begin, counted from the start of the file."""
+    """A tensor in a file."""
 
     file: Path
     offset: int
+    """Of its first byte from the start of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header: tensors in the file's order, and the free-form metadata."""
+    """A parsed header: tensors by name in the file's order, and `__metadata__`."""
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
 def header_end(start: bytes) -> int:
-    """Return where the data begins, as the first eight bytes of a file claim; nothing is checked."""
+    """Return the offset of the data in bytes, as the first eight bytes of a file claim it, unchecked."""
     (length,) = struct.unpack_from("<Q", start)
     return 8 + int(length)
 
 
 def read_header(file: Path, *, headers_only: bool = False, whole: int | None = None) -> Header:
-    """Read and check the header of one file.
+    """Return the checked header of a safetensors file; reads at most the header.
 
     Args:
         file: a safetensors file.
-        headers_only: take a file that ends where its data would begin, too; what it says is checked all the same.
-        whole: bytes of the file that such a header was taken from, if known.
+        headers_only: accept a file that ends after its header, without data; the header is checked all the same.
+        whole: size in bytes of the file that such a header was taken from, if known.
 
     Raises:
-        InputError: if the file is missing, is no safetensors file, is truncated or too long, or its header lies about
-            offsets, sizes, dtypes or names. Reads at most the header, whatever the file claims.
+        InputError: the file is missing, not safetensors, truncated or too long, or its header is wrong about offsets,
+            sizes, dtypes or names.
     """
     try:
         with file.open("rb") as stream:
@@ -110,7 +111,7 @@ def read_header(file: Path, *, headers_only: bool = False, whole: int | None = N
 
 
 def encode_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Return a header's bytes for tensors in this order, and each tensor's offset from the start of the file.
+    """Return the header's bytes for tensors in this order, and each tensor's offset in the file by name.
 
     The header is padded with spaces so that the data begins at a multiple of eight.
     """
@@ -206,7 +207,7 @@ def _check_layout(tensors: Iterable[StoredTensor], file: Path, data_start: int, 
 
 
 def commonest_dtype(tensors: Iterable[TensorSpec]) -> str:
-    """Return the dtype that most of the numbers are stored in."""
+    """Return the dtype ('BF16') that most elements are stored in."""
     sizes: dict[str, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.count

@@ -1,4 +1,4 @@
-"""The two files that make a checkpoint's KV cache small: `kv_projection.json` and `kv_projection.safetensors`.
+"""The files of a KV projection: `kv_projection.json` (ranks) and `kv_projection.safetensors` (bases).
 
 All d columns of every basis are stored, in falling importance, so that another ratio needs only other ranks.
 """
@@ -26,12 +26,12 @@ CONFIG_FILE = "kv_projection.json"
 BASES_FILE = "kv_projection.safetensors"
 FORMAT = 1
 Prefill = Literal["compressed", "exact"]
-"""How a prompt attends to itself; what later tokens see of it is compressed either way."""
+"""Keys and values that a prompt attends to in its prefill; the cache is compressed either way."""
 _AGAIN = "make the folder again with `basis compress`"
 
 
 class KVConfig(BaseModel):
-    """`kv_projection.json`: what of each head is kept, and how the bases came about."""
+    """`kv_projection.json`: the rank of each head, and the method and training of the bases."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -42,30 +42,33 @@ class KVConfig(BaseModel):
     levels: int
     """Ranks are multiples of head_dim / levels."""
     key_ranks: list[list[int]]
-    """Dimensions kept, one number a KV head, one list a layer."""
+    """Kept dimensions of keys, [layers][KV heads]."""
     value_ranks: list[list[int]]
+    """The same of values."""
     values_folded: bool = False
-    """The weights give values in their basis already, and the output projection takes them so."""
+    """Whether the values' bases are folded into the weights of W_v and W_o."""
     trained_steps: int = 0
     trained_tokens: int = 0
 
     @property
     def kept(self) -> float:
-        """The share of the cache's bytes that is kept."""
+        """Share of the cache's bytes that is kept."""
         ranks = [rank for layer in [*self.key_ranks, *self.value_ranks] for rank in layer]
         return sum(ranks) / (len(ranks) * self.head_dim)
 
 
 @dataclass(frozen=True)
 class KVBases:
-    """Bases float32 [layers, 2, KV heads, d, d] (keys, values), and their columns' energy [layers, 2, KV heads, d]."""
+    """A KV projection: configuration and bases."""
 
     config: KVConfig
     bases: Tensor
+    """Orthogonal, float32 [layers, 2 (keys, values), KV heads, d, d], columns in falling importance."""
     energy: Tensor
+    """Energy of each column over the calibration text, float32 [layers, 2, KV heads, d]."""
 
     def files(self) -> dict[str, bytes]:
-        """Return the two files' contents."""
+        """Return the contents of both files by name."""
         from basiscli.checkpoints.dtypes import raw_bytes
 
         tensors = {}
@@ -82,7 +85,7 @@ def read_kv_config(folder: Path) -> KVConfig | None:
     """Return a folder's `kv_projection.json`; None where there is none.
 
     Raises:
-        InputError: if it is damaged, of a newer format, or its ranks fit no head.
+        InputError: the file is damaged, of a newer format, or has ranks larger than a head.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -111,10 +114,10 @@ def read_kv_config(folder: Path) -> KVConfig | None:
 
 
 def read_kv_bases(folder: Path) -> KVBases:
-    """Read both files.
+    """Return the KV projection in a folder, from both files.
 
     Raises:
-        InputError: a file is missing or damaged, or a basis has another shape than the ranks say.
+        InputError: a file is missing or damaged, or a basis does not have the shape that the ranks imply.
     """
     import torch
 

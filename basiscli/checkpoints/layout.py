@@ -1,4 +1,4 @@
-"""How an output's tensors are distributed over files, decided before any of them exists."""
+"""The distribution of an output's tensors over safetensors files, planned before any is written."""
 
 from __future__ import annotations
 
@@ -16,41 +16,48 @@ METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the output and the tensors in it, in the file's order."""
+    """One file of an output and its tensors in order."""
 
     file: str
+    """Its path in the output folder."""
     tensors: tuple[TensorSpec, ...]
 
     @cached_property
     def header(self) -> tuple[bytes, dict[str, int]]:
-        """The header's bytes and each tensor's offset in the file."""
+        """The header's bytes, and each tensor's offset in the file in bytes by name."""
         return encode_header(self.tensors, METADATA)
 
     @property
     def folder(self) -> str:
-        """The folder inside the output that holds the file: '' or 'name/'."""
+        """The sub-folder of the output that the file is in: '' or 'name/'."""
         return self.file[: self.file.rfind("/") + 1]
 
     @property
     def nbytes(self) -> int:
-        """The size of the file."""
+        """Size of the file in bytes."""
         return len(self.header[0]) + sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All shards of an output."""
+    """All shards of an output.
+
+        layout = Layout.plan([TensorSpec("w", "BF16", (4096, 4096))], shard_bytes=5_000_000_000)
+        layout.locations()["w"]  # ("model.safetensors", 112)
+
+    It depends on names, dtypes, shapes and the size limit alone.
+    """
 
     shards: tuple[Shard, ...]
 
     @classmethod
     def plan(cls, tensors: Iterable[TensorSpec], shard_bytes: int, single_file: str | None = None) -> Layout:
-        """Distribute tensors over shards of at most `shard_bytes` (a larger tensor gets a shard of its own).
+        """Return tensors distributed over shards of at most `shard_bytes`; a larger tensor gets its own shard.
 
         Args:
-            tensors: in the order in which they shall be stored.
+            tensors: in the order of the shards.
             shard_bytes: size limit of a shard.
-            single_file: put everything in one file of this name, whatever its size (adapters).
+            single_file: name of one file for all tensors, whatever its size (adapters).
         """
         groups: list[list[TensorSpec]] = [[]]
         room = shard_bytes
@@ -74,7 +81,7 @@ class Layout:
 
     @classmethod
     def of_folders(cls, parts: Mapping[str, Layout]) -> Layout:
-        """Return one layout of several outputs, each in a folder of its own; their tensors have different names."""
+        """Return one layout of several outputs in sub-folders; no two of their tensors may have one name."""
         return cls(
             tuple(
                 Shard(f"{folder}/{shard.file}", shard.tensors)
@@ -85,7 +92,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
     @cached_property
@@ -94,11 +101,11 @@ class Layout:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
     def locations(self) -> dict[str, tuple[str, int]]:
-        """Return each tensor's file and its offset there in bytes, by the tensor's name."""
+        """Return (file, offset in bytes) of each tensor by name."""
         return {t.name: (shard.file, shard.header[1][t.name]) for shard in self.shards for t in shard.tensors}
 
     def indexes(self) -> dict[str, dict[str, Any]]:
-        """Return the content of each folder's index file, by its path; a folder of one file has none."""
+        """Return the contents of the index files by path; a sub-folder of one file has no index."""
         found = {}
         for folder in dict.fromkeys(shard.folder for shard in self.shards):
             inside = [shard for shard in self.shards if shard.folder == folder]

@@ -1,7 +1,6 @@
 """NOLA adapters on disk: coefficients in `adapter_model.safetensors`, the seed and sizes in `adapter_config.json`.
 
-Where an adapter of the file format is wanted as plain LoRA (`Adapter` and whatever reads through it), its factors are
-made from the seed one at a time, under the names that LoRA gives them.
+`NolaFactors` reads them as plain LoRA: factors are made from the seed one at a time, under the names of LoRA.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ _AGAIN = "save the adapter again, or restore the adapter_config.json that belong
 
 
 def is_nola(source: Source) -> bool:
-    """Return whether an adapter is stored as coefficients of random bases."""
+    """Return whether a source is a NOLA adapter: coefficients of random bases."""
     return source.is_adapter and read_json(source.path / ADAPTER_CONFIG).get("peft_type") == "NOLA"
 
 
 def coefficient_counts(count: int, rank: int, in_features: int, out_features: int) -> tuple[int, int]:
-    """Return how many coefficients A and B have: a factor has no more bases than elements."""
+    """Return the numbers of coefficients of A and B: `count`, but at most the factor's elements."""
     return min(count, rank * in_features), min(count, rank * out_features)
 
 
 def note_features(features: dict[str, list[int]], module: str, sizes: list[int]) -> None:
-    """Add a module's [in, out] to a table: under its last name, or where that stands for others, under its own."""
+    """Add a module's [in, out] to a `features` table, by its last name component or, if that differs, its full name."""
     leaf = module.rpartition(".")[2]
     if features.setdefault(leaf, sizes) != sizes or module in features:
         features[module] = sizes
 
 
 def features_of(features: Mapping[str, list[int]], module: str) -> list[int] | None:
-    """Return a module's [in, out] from such a table."""
+    """Return a module's [in, out] from a `features` table; None if it is not there."""
     return features.get(module) or features.get(module.rpartition(".")[2])
 
 
@@ -58,7 +57,19 @@ def nola_config(
     seed: int,
     transposed: bool,
 ) -> dict[str, Any]:
-    """Return `adapter_config.json` of an adapter on modules of such [in, out]; its seed is half the weights."""
+    """Return the `adapter_config.json` of a NOLA adapter, with the seed that its bases are made from.
+
+    Args:
+        sizes: [in, out] of each module by name.
+        base: name of the base model.
+        task_type: PEFT's, such as CAUSAL_LM.
+        rank: r.
+        bases: random matrices per factor.
+        alpha: the scaling is alpha / r, or alpha / √r with `rslora`.
+        rslora: see `alpha`.
+        seed: of the bases.
+        transposed: whether weights are stored as [in, out] (GPT-2's Conv1D).
+    """
     features: dict[str, list[int]] = {}
     for module, own in sizes.items():
         note_features(features, module, own)
@@ -81,13 +92,13 @@ def nola_config(
 
 
 class NolaFactors:
-    """The tensors of a NOLA adapter as LoRA would store them, made when they are read; others as they are."""
+    """The tensors of a NOLA adapter as LoRA factors, which are made when they are read; other tensors unchanged."""
 
     def __init__(self, source: Source, stored: Checkpoint) -> None:
-        """Read the configuration and check it against the stored coefficients.
+        """Read the configuration and check it against the names of the stored coefficients.
 
         Raises:
-            InputError: a configuration that does not say enough, or coefficients that are not as many as it says.
+            InputError: the configuration lacks something, or there are no coefficients.
         """
         self.source, self.stored, self.files = source, stored, stored.files
         self.config = read_json(source.path / ADAPTER_CONFIG)
@@ -114,7 +125,7 @@ class NolaFactors:
 
     @property
     def lora_config(self) -> dict[str, Any]:
-        """The configuration of the plain LoRA that it stands for."""
+        """The `adapter_config.json` of the equivalent LoRA adapter."""
         alpha = self.config.get("nola_alpha", 8)
         modules = [module for module, _, _, _ in self._coefficients.values()]
         return {
@@ -135,10 +146,10 @@ class NolaFactors:
         }
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Return a tensor by LoRA's name: a factor in float32, anything else as stored.
+        """Return a tensor, or rows of it, by its LoRA name: a factor in float32, anything else as stored.
 
         Raises:
-            InputError: the coefficients are not as many as the configuration says, or not finite.
+            InputError: the number of coefficients is not the configuration's, or they are not finite.
         """
         if name not in self._coefficients:
             return self.stored.read(name, rows)

@@ -1,4 +1,4 @@
-"""Coefficients as NOLA adapters store them: numbers, or codes of a few bits whose scales they share."""
+"""Storage of NOLA coefficients: float16, or 8-bit or 4-bit codes with a scale per block."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 64
-"""Coefficients that share a scale."""
+"""Coefficients per scale."""
 _MOST = {8: 127, 4: 7}
 
 
 def stored_form(count: int, bits: int) -> tuple[str, tuple[int]]:
-    """Return dtype and shape of so many coefficients in a file; of those below 16 bits, as `packed` makes them."""
+    """Return (dtype, shape) of `count` stored coefficients: float16, or below 16 bits the bytes of `packed`."""
     if bits == 16:
         return "F16", (count,)
     codes = count if bits == 8 or count == 1 else -(-count // 2)
@@ -21,7 +21,7 @@ def stored_form(count: int, bits: int) -> tuple[str, tuple[int]]:
 
 
 def packed(coefficients: Tensor, bits: int) -> Tensor:
-    """Return coefficients [k] as bytes: a bfloat16 scale for every 64 of them, then codes of 8 or 4 bits.
+    """Return coefficients [k] as uint8: a bfloat16 scale per 64 of them, then codes of 8 or 4 bits.
 
     A code is a signed integer times its block's scale, the block's largest magnitude over 127 or 7; 4-bit codes are
     stored plus 8, the first of a pair in the low half. A single coefficient takes 8 bits either way.
@@ -42,18 +42,19 @@ def packed(coefficients: Tensor, bits: int) -> Tensor:
 
 
 def rounding_variance(bits: int) -> float:
-    """Return the variance that `packed` adds to coefficients of variance 1: of 64 normal ones the largest is near 2.4.
+    """Return the variance of the error that storage adds to coefficients of variance 1.
 
-    At 16 bits it is that of float32's sums of many bases, which is more than rounding to float16 takes.
+    Of 64 normal numbers the largest is near 2.4, which gives the step of a code. At 16 bits it is the error of float32
+    sums over many bases, which is larger than that of rounding to float16.
     """
     return 1e-6 if bits == 16 else (2.4 / _MOST[bits]) ** 2 / 12
 
 
 def unpacked(stored: Tensor, count: int) -> Tensor:
-    """Return the coefficients that a file holds, float32 [count]: numbers, or bytes that `packed` made.
+    """Return stored coefficients, float16 or the bytes of `packed`, as float32 [count].
 
     Raises:
-        ValueError: their number is another.
+        ValueError: they are not `count`.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The files beside the weights that make a folder loadable: configuration, tokenizer, chat template, licence."""
+"""Files beside the weights: configuration, tokenizer, chat template, licence."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _MAX_BYTES = 100_000_000
 def sidecar_files(
     reference: Checkpoint, dtype: str | None, *, code: bool, tokenizer: Mapping[str, bytes] | None = None
 ) -> dict[str, bytes]:
-    """Return the files to put beside a full checkpoint, by their names in the folder.
+    """Return the contents of the files to write beside a full checkpoint's weights, by name.
 
     Args:
         reference: the checkpoint to take them from.
-        dtype: a new storage dtype to write into the config.
-        code: also take `*.py` files, which are copied and never run.
+        dtype: storage dtype to write into config.json ('BF16'); None to keep it.
+        code: also copy `*.py` files, which are never run.
         tokenizer: files of a tokenizer that replaces the checkpoint's own.
     """
     folder = reference.source.folder
@@ -54,11 +54,11 @@ def sidecar_files(
 
 
 def adapter_config(config: dict[str, Any], modules: list[str], rank: int, base: str | None) -> bytes:
-    """Return an adapter's config with one rank for every module and a scaling of one.
+    """Return the bytes of an `adapter_config.json` with one rank for every module and a scaling of 1.
 
     Args:
         config: the config of one of the adapters that were merged.
-        modules: the full names of the modules that have factors: a shorter list of suffixes may match too few or many.
+        modules: full names of the modules that have factors, as a list of suffixes may match too few or too many.
         rank: the rank of the written factors.
         base: the name of the base.
     """

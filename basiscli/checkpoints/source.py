@@ -1,4 +1,4 @@
-"""From what a user writes to what is on disk: a folder, a weights file, or a model of the Hub."""
+"""Inputs on disk: a folder or weights file, and what its config and model card say."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revis
 
 @dataclass(frozen=True)
 class Source:
-    """One input: the words that named it and the folder (or single file) that holds it."""
+    """A model or adapter on disk, and the name that a user gave for it; `hub.resolve.resolve` makes it."""
 
     spec: str
     """What the user wrote."""
     path: Path
     """A folder, or one weights file."""
     repo_id: str | None = None
+    """`org/name` of a model of the Hub."""
     revision: str | None = None
-    """The commit that a Hub revision stood for."""
+    """Its commit hash."""
     headers_only: bool = False
-    """Whether the weights' files may end where their data would begin: enough to plan with."""
+    """Whether the weights' files may lack their data, which is enough to plan with."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether the weights are on the Hub, and only their headers here."""
+        """Whether only the headers are here, and the weights' data is on the Hub."""
         return self.headers_only and self.repo_id is not None
 
     @property
@@ -44,19 +45,19 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What a stranger may know this input by: its Hub id and revision, or the name (not the path) of its folder."""
+        """Its name in reports and cards: the Hub id with revision, or the folder's name without its path."""
         if self.repo_id is None:
             return Path(self.spec).name.strip(".") or self.path.name
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json`, or an empty table."""
+        """Content of `config.json`, {} without one."""
         return read_json(self.folder / "config.json")
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        """The metadata at the top of the model card, or an empty table."""
+        """The YAML metadata of the model card, {} without one."""
         file = self.folder / "README.md"
         if not file.is_file():
             return {}
@@ -73,13 +74,13 @@ class Source:
 
     @property
     def base_revision(self) -> str | None:
-        """The revision of its base that an adapter names."""
+        """The base's revision in an adapter's config, else None."""
         named = read_json(self.path / ADAPTER_CONFIG).get("revision") if self.is_adapter else None
         return named if isinstance(named, str) and named else None
 
     @cached_property
     def base_model(self) -> str | None:
-        """The one base that this input names: in its adapter config, or else in its model card."""
+        """The base model that the adapter config or the model card names; None for none or several."""
         if self.is_adapter:
             named = read_json(self.path / ADAPTER_CONFIG).get("base_model_name_or_path")
         else:
@@ -90,12 +91,12 @@ class Source:
 
 
 def models_in(folder: Path) -> list[Path]:
-    """Return the models that an output holds: the folder itself, or the adapter and the residual in it."""
+    """Return the model folders in an output: the folder itself, or its sub-folders `adapter` and `residual`."""
     if (folder / "config.json").is_file() or not (folder / ADAPTER / ADAPTER_CONFIG).is_file():
         return [folder]
     return [part for part in (folder / ADAPTER, folder / RESIDUAL) if part.is_dir()]
 
 
 def is_hub_id(text: str) -> bool:
-    """Return whether some words can name a model of the Hub."""
+    """Return whether a string has the form `org/name` or `org/name@revision`."""
     return HUB_ID.fullmatch(text) is not None

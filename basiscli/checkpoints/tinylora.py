@@ -25,7 +25,7 @@ _VALUES = "base_model.tinylora_v."
 
 @dataclass(frozen=True)
 class ValueModule:
-    """Where the fixed parts of one module are stored: B [out, r], A [r, in], P [r, r, r]."""
+    """Names of the stored fixed tensors of one module: B [out, r], A [r, in], P [r, r, r]."""
 
     a: str
     b: str
@@ -33,7 +33,7 @@ class ValueModule:
 
 
 def is_tinylora(source: Source) -> bool:
-    """Return whether an adapter is stored in TinyLoRA's form."""
+    """Return whether a source is a PEFT TinyLoRA adapter."""
     return source.is_adapter and read_json(source.path / ADAPTER_CONFIG).get("peft_type") == "TINYLORA"
 
 
@@ -41,23 +41,23 @@ def selectors(rank: int) -> Tensor:
     """Return P [rank, rank, rank] for which Σᵢ vᵢ Pᵢ is the diagonal matrix of v; uint8, which PEFT reads."""
     import torch
 
-    places = torch.arange(rank)
+    index = torch.arange(rank)
     found = torch.zeros(rank, rank, rank, dtype=torch.uint8)
-    found[places, places, places] = 1
+    found[index, index, index] = 1
     return found
 
 
 class TrainedValues:
-    """The stored tensors of such an adapter.
+    """The tensors of a TinyLoRA adapter whose values are singular values of a module each.
 
-    Modules and values are known by name and by number; which number is whose, only the model's order of modules says.
+    Modules are stored by name and values by index; the order of the loaded model's modules tells which belong together.
     """
 
     def __init__(self, source: Source) -> None:
         """Open an adapter folder.
 
         Raises:
-            InputError: another kind of adapter, values that modules share, missing or unknown tensors.
+            InputError: another kind of adapter, values shared by modules, missing or unknown tensors.
         """
         self.source = source
         self.config: dict[str, Any] = read_json(source.path / ADAPTER_CONFIG)
@@ -72,12 +72,12 @@ class TrainedValues:
         self.weights = Checkpoint.open(replace(source, path=source.path / _FILE))
         self.modules: dict[str, ValueModule] = {}
         self.values: list[str] = []
-        """v [r] of every module, by PEFT's number."""
+        """Names of the tensors v [r], by PEFT's index."""
         self._sort_tensors()
 
     @property
     def rank(self) -> int:
-        """The number of values of each module."""
+        """Number of values per module, r."""
         return self.weights.tensors[self.values[0]].shape[0]
 
     def _sort_tensors(self) -> None:
@@ -88,7 +88,7 @@ class TrainedValues:
                 found.setdefault(match["module"], {})[match["part"]] = name
             elif not name.startswith(_VALUES):
                 raise self._refused(f"it holds more than trained values: {name}")
-        self.values = [f"{_VALUES}{place}" for place in range(len(found))]
+        self.values = [f"{_VALUES}{index}" for index in range(len(found))]
         missing = [name for name in self.values if name not in tensors]
         if not found or missing or sum(name.startswith(_VALUES) for name in tensors) != len(found):
             raise self._refused(f"it has {len(found)} modules and not as many vectors of values")

@@ -1,4 +1,4 @@
-"""Between files and the memory of a GPU, through pinned pieces of the CPU's memory.
+"""Copies between files and a GPU's memory through pinned CPU memory.
 
 Only from pinned memory does a copy run beside everything else: while one piece is on its way, the next is read and
 hashed. torch keeps pinned pieces and hands one out again when the copy that it was for has ended.
@@ -28,10 +28,17 @@ def read_to(
     rows: slice | None = None,
     seen: Callable[[memoryview], object] = lambda data: None,
 ) -> Tensor:
-    """Return a tensor of a model, or rows of it, on a device as it is stored; `seen` gets its bytes in order.
+    """Return a tensor of a model, or rows of it, on a device in its storage dtype.
+
+    Args:
+        device: where to.
+        model: a checkpoint, or an adapter on its base.
+        name: of the tensor.
+        rows: a slice of its first dimension; None for all.
+        seen: called with the stored bytes in order, for hashing.
 
     Raises:
-        InputError: if the file ends before the tensor does.
+        InputError: the file ends before the tensor does.
     """
     import torch
 
@@ -52,7 +59,7 @@ def read_to(
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return a tensor in the CPU's memory, its values there."""
+    """Return a tensor on the CPU, after its copy has finished."""
     import torch
 
     if not _is_gpu(tensor.device) or tensor.numel() > PIECE_ELEMENTS:

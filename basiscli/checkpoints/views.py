@@ -1,4 +1,4 @@
-"""Lazy named tensors over the shards of a checkpoint: opening reads headers, data comes a tensor or rows at a time."""
+"""Checkpoints opened lazily: opening reads the headers, data is read a tensor or rows at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safete
 
 
 class Checkpoint:
-    """Tensors of a folder of safetensors files, or of one file, by name."""
+    """The tensors of a safetensors checkpoint by name: a folder of shards, or one file.
+
+        checkpoint = Checkpoint.open(resolve("org/name"))
+        checkpoint.tensors["lm_head.weight"].shape  # from the header
+        checkpoint.read("lm_head.weight", slice(0, 1024))  # bfloat16 [1024, in], as stored
+        checkpoint.close()
+
+    Threads may read at the same time.
+    """
 
     def __init__(
         self,
@@ -42,10 +50,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: Source) -> Checkpoint:
-        """Read the headers of every shard; pickled and GGUF files are turned into safetensors in the cache first.
+        """Return a checkpoint after reading its headers; pickled and GGUF files are first converted into the cache.
 
         Raises:
-            InputError: no weights, a missing shard, an index that lies or points elsewhere, or a bad header.
+            InputError: no weights, a missing shard, a wrong index or header, or an adapter.
         """
         path = source.path
         if source.is_adapter:
@@ -63,27 +71,27 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`, or what it would be for tensors that were taken from several models."""
+        """The model's `config.json`; of an assembled checkpoint, the configuration that fits its tensors."""
         return self.source.config if self._config is None else self._config
 
     @property
     def vocabulary_size(self) -> int | None:
-        """The number of tokens that the model has rows for, as its configuration says; None if it does not."""
+        """`vocab_size` of the configuration: rows of the embedding. None if it is not given."""
         size = self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
         return size or None
 
     @property
     def is_assembled(self) -> bool:
-        """Whether this is made of parts of checkpoints, and no checkpoint as it lies on the disk."""
+        """Whether its tensors or rows come from several checkpoints; see `model.stacked` and `model.vocabulary`."""
         return self._config is not None
 
     def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> torch.Tensor:
-        """Return a tensor, or rows of it (a slice of its first dimension), in its storage dtype on the CPU.
+        """Return a tensor, or a slice of its first dimension, in its storage dtype on the CPU.
 
-        In `pinned` memory a GPU can fetch it while the CPU goes on.
+        In `pinned` memory it can be copied to a GPU asynchronously.
 
         Raises:
-            InputError: if the file ends before the tensor does.
+            InputError: the file cannot be read or ends before the tensor does.
         """
         import torch
 
@@ -99,7 +107,7 @@ class Checkpoint:
         return tensor
 
     def close(self) -> None:
-        """Close the files. Reading opens them again."""
+        """Close the files; `read` opens them again."""
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
@@ -125,7 +133,7 @@ class Checkpoint:
 
 
 def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice | None]:
-    """Yield slices of rows of about so many elements that make up a tensor; None for one that has no rows to cut.
+    """Yield slices of the first dimension with about `elements` elements each; None for a scalar or empty tensor.
 
     The blocks depend on the shape alone, never on workers or shards, so neither does any rounding.
     """

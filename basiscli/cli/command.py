@@ -1,12 +1,12 @@
-"""A command, declared once: its name, its options, what it plans, runs and shows.
+"""Declarations of commands: name, options, and functions that plan, run and show them.
 
-`commands/X/__init__.py` holds such a declaration, and a package of anybody's can have one under the entry-point group
-`basis.command`. From it come the command line, the Python function's keywords, the step of a recipe, `--save-recipe`,
-the docs' option tables and the price in `--dry-run`.
+`commands/X/__init__.py` holds one, and any package can have one under the entry-point group `basis.command`. From it
+come the command line, the Python function's keywords, the step of a recipe, `--save-recipe`, the docs' option tables
+and the price in `--dry-run`.
 
-What a declaration names is loaded when it is used, so that `basis --help` can read all of them and import next to
-nothing: a reference is the object itself, or its place, `module:name`, where a module that begins with a point is one
-of the declaration's own package.
+References are imported when they are used, so that `basis --help` can read all declarations and import next to
+nothing. A reference is the object itself or a string `module:name`; a module that begins with a point is relative to
+the declaring package.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 GROUP = "basis.command"
 SHOWS = ("progress", "as_json", "quiet")
-"""What a command that shows something at the terminal is told about it."""
+"""Fields of `Terminal` of a command that prints a result."""
 MAKES_MODEL = ("dry_run", "fail_if", "push_to", "private", "create_pr", "save_recipe", *SHOWS, "config")
-"""What a command is told that writes a model and a report."""
+"""Fields of `Terminal` of a command that writes a model and a report."""
 
 
 @dataclass(frozen=True)
 class OwnMethod:
-    """A method that a command has built in, beside those that plugins bring; `basis methods` lists both."""
+    """A method that is built into a command and is not a plugin; `basis methods` lists both."""
 
     name: str
     doc: str
     source: str
     usage: str = ""
-    """What follows `basis` to use it; the command's name by default."""
+    """Words after `basis` that use it; by default the command's name."""
 
     @property
     def summary(self) -> str:
@@ -44,7 +44,7 @@ class OwnMethod:
         return self.doc.partition("\n")[0]
 
     def as_dict(self, command: str) -> dict[str, Any]:
-        """Return it as plain data, like a plugin's method."""
+        """Return plain data in the form of a plugin's method, for `basis methods --json`."""
         return {
             "command": command, "name": self.name, "doc": self.doc, "source": self.source, "needs_base": False,
             "takes_weights": False, "parameters": {},
@@ -53,7 +53,18 @@ class OwnMethod:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of `basis`."""
+    """One command of `basis`.
+
+        command = Command(
+            name="norms",
+            help="Print the largest norms of a checkpoint.",
+            package=__name__,
+            options=".options:NormsOptions",
+            main=".cli:main",  # (options, session) → None
+        )
+
+    A command that writes a model has `plan`, `run` and `view` instead of `main`.
+    """
 
     name: str
     help: str
@@ -61,34 +72,34 @@ class Command:
     package: str
     """`__name__` of the declaring package."""
     options: Any
-    """Reference to its model of options, a subclass of `Options`."""
+    """Reference to its options, a subclass of `Options`."""
     run: Any = None
-    """Reference to what does it: a function (plan, progress) → result, without `plan` (options, progress) → result."""
+    """Reference to a function (plan, progress) → result; without `plan`, (options, progress) → result."""
     plan: Any = None
     """Reference to a function options → plan, which writes nothing and imports no torch; the plan may have a price."""
     view: Any = None
-    """Reference to a `View`: what the terminal shows of plan and result."""
+    """Reference to a `View`, which shows plan and result at the terminal."""
     page: Any = None
-    """Reference to a `reports.contribution.Contributor`: what its reports have beside what all have."""
+    """Reference to a `reports.contribution.Contributor`, which returns the parts that only its reports have."""
     main: Any = None
-    """Reference to a function (options, session) → None, for what is not shown in the usual way."""
+    """Reference to a function (options, session) → None that runs and shows everything, in place of plan and view."""
     group: Any = None
-    """Reference to what makes a Typer application, for a command with commands of its own, which shows everything."""
+    """Reference to a function that returns a Typer application, for a command with sub-commands."""
     terminal: Sequence[str] = SHOWS
     """Fields of `Terminal` that the command has."""
     makes: Literal["model", "figures", "commit"] | None = None
-    """What a step of a recipe leaves: a folder, numbers, or a commit on the Hub; None where it is no step."""
+    """Output of the command as a recipe's step: a folder, numbers, or a commit on the Hub; None if it cannot be one."""
     numbers: Any = None
-    """Reference to a function options → names of the numbers that gates can be over, known before the work."""
+    """Reference to a function options → names of the numbers that gates may use, known before the run."""
     variant: Any = None
-    """Reference to a function from given options to the command that does these, where a word stands for several."""
+    """Reference to a function given options → Command, where one name stands for several commands (`compress`)."""
     own_methods: Sequence[OwnMethod] = ()
-    """Methods that it has built in."""
+    """Its built-in methods."""
     position: int = 100
-    """Its place in `basis --help`."""
+    """Sort key in `basis --help`."""
 
     def load(self, reference: Any) -> Any:
-        """Return what a reference stands for."""
+        """Return the object that a reference of this declaration names, importing its module."""
         if not isinstance(reference, str):
             return reference
         module, _, name = reference.partition(":")
@@ -96,31 +107,31 @@ class Command:
 
     @cached_property
     def model(self) -> type[Options]:
-        """Its options."""
+        """The class of its options, imported."""
         found: type[Options] = self.load(self.options)
         return found
 
     def chosen(self, given: Mapping[str, Any]) -> Command:
-        """Return the command that does what was given: this one, or its variant for that."""
+        """Return the command for the given options by name: this one, or its variant."""
         return self if self.variant is None else self.load(self.variant)(given)
 
     def do(self, options: Options, progress: Any) -> Any:
-        """Do what the options ask for, and return what came of it."""
+        """Run the command with these options and return its result."""
         run = self.load(self.run)
         if self.plan is None:
             return run(options, progress)
         return run(self.load(self.plan)(options), progress)
 
     def planned(self, options: Options) -> Any:
-        """Return the plan of what the options ask for."""
+        """Return the plan of a run with these options."""
         return self.load(self.plan)(options)
 
 
 def command_points() -> dict[str, EntryPoint]:
-    """Return where the installed commands are declared, by name, without loading any.
+    """Return the entry points of the installed commands by name, without loading any.
 
     Raises:
-        UsageError: two packages declare one name.
+        UsageError: two packages declare the same name.
     """
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
@@ -136,10 +147,10 @@ def command_points() -> dict[str, EntryPoint]:
 
 
 def load_command(point: EntryPoint) -> Command:
-    """Return a command that is declared somewhere.
+    """Return the command that an entry point declares.
 
     Raises:
-        UsageError: its package does not load, or declares no command there.
+        UsageError: the package fails to load, or the object is not a `Command` of that name.
     """
     from basiscli.errors import UsageError
 
@@ -160,10 +171,10 @@ def load_command(point: EntryPoint) -> Command:
 
 
 def find_command(name: str) -> Command:
-    """Return the command of a name.
+    """Return the installed command of a name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it fails to load.
     """
     from basiscli.errors import UsageError, did_you_mean
 

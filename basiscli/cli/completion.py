@@ -1,4 +1,4 @@
-"""What the shell completes as the value of an option."""
+"""Shell completion of option values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def dtypes(given: Mapping[str, Any]) -> Iterable[str]:
-    """Return the storage dtypes of results."""
+    """Return the values of `--dtype`."""
     return ("f32", "bf16", "f16")
 
 
 def methods_of(family: Family, *others: str) -> Completion:
-    """Return what completes the name of a method of a family, or one of some other words."""
+    """Return a completion of a family's method names and further words."""
 
     def complete(given: Mapping[str, Any]) -> Iterable[str]:
         from basiscli.registry import Registry
@@ -28,7 +28,7 @@ def methods_of(family: Family, *others: str) -> Completion:
 
 
 def parameters_of(family: Family) -> Completion:
-    """Return what completes `name=` of the parameters that the method on the command line has."""
+    """Return a completion of `name=` for the parameters of the method on the command line."""
 
     def complete(given: Mapping[str, Any]) -> Iterable[str]:
         from basiscli.registry import Registry

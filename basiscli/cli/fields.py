@@ -1,4 +1,4 @@
-"""How a command's options are declared: a pydantic model whose fields carry what the terminal, Python and recipes need.
+"""Declaration of a command's options: a pydantic model whose fields are annotated for terminal, Python and recipes.
 
     class NormsOptions(Options):
         model: Annotated[ModelName, argument("Folder, weights file or Hub id.")] = "."
@@ -25,60 +25,70 @@ from pydantic.fields import FieldInfo
 from basiscli.errors import UsageError, did_you_mean
 
 Completion = Callable[[Mapping[str, Any]], Iterable[str]]
-"""From what the command line holds so far to the values that an option can have."""
+"""Returns the values that an option can have, given the command line so far."""
 Input = Literal["model", "file"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of an options model means to the terminal, to Python and to recipes."""
+    """Annotation of an options field: its help, flags and use at the terminal, in Python and in recipes."""
 
     help: str
     flags: tuple[str, ...] = ()
-    """How the command line spells it, where that is not `--` and the field's name."""
+    """Flags at the command line; by default `--` and the field's name."""
     default: str | None = None
-    """What happens where it is not given, in words; a default that is a value is shown anyway."""
+    """Description of the default, where the value does not say it; a default that is a value is shown anyway."""
     metavar: str | None = None
     panel: str | None = None
+    """Heading in `--help`."""
     argument: bool = False
+    """Whether it is positional."""
     repeat: bool = False
-    """Given once a value at the command line, and as a list elsewhere; other lists are written with commas."""
+    """Whether the flag is repeated for each value of a list; other lists are written with commas."""
     complete: Completion | None = None
     names: Input | None = None
-    """Names a model or a file: in a recipe an earlier step's name may stand there."""
+    """Set if the value is a model or a file, for which a recipe may have an earlier step's name."""
     contents: bool = False
-    """Names files whose contents decide the result, and that no step makes."""
+    """Whether the values are files whose contents the result depends on and that no step makes, such as plugins."""
     same_bytes: bool = False
-    """Any value gives the same result: a recipe's step is not done again for it."""
+    """Whether the result is the same for any value, so that a recipe's step is not run again for another."""
     machine: bool = False
-    """Is about the machine: a recipe that is written leaves it out where it has its default."""
+    """Whether it is about the machine; `--save-recipe` leaves out its default."""
     recipe: str | None = None
-    """Its name in a recipe, where that is another."""
+    """Its name in a recipe; by default the field's."""
     python_only: bool = False
+    """Whether the command line does not have it."""
     not_in_recipes: bool = False
 
 
 def option(help: str, *flags: str, **more: Any) -> Option:  # noqa: A002
-    """Return the meaning of an option: its help, its flags if they are not the field's name, and see `Option`."""
+    """Return the annotation of an option: its help, its flags, and further fields of `Option`."""
     return Option(help, flags, **more)
 
 
 def argument(help: str, **more: Any) -> Option:  # noqa: A002
-    """Return the meaning of a positional argument."""
+    """Return the annotation of a positional argument."""
     return Option(help, argument=True, **more)
 
 
 class Options(BaseModel):
-    """Options of a command. Unknown names are refused; the names that were given are in `model_fields_set`."""
+    """Base of the options of a command: immutable, and unknown names are errors.
+
+        options = NormsOptions.of(model="merged", top=3)
+        options.given()  # {"model": "merged", "top": 3}
+        options.but(top=10)
+
+    The fields' annotations are read by `options_of`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     @classmethod
     def of(cls, **given: Any) -> Self:
-        """Check what was given by name.
+        """Return checked options from keywords.
 
         Raises:
-            UsageError: an unknown option, or a value that it does not take.
+            UsageError: an unknown option, a missing one, or a wrong value.
         """
         try:
             return cls(**given)
@@ -86,17 +96,17 @@ class Options(BaseModel):
             raise _refusal(cls, error) from error
 
     def given(self) -> dict[str, Any]:
-        """Return the options that were given, by name."""
+        """Return the options that were given, without defaults, by name."""
         return {name: value for name, value in self if name in self.model_fields_set}
 
     def but(self, **changes: Any) -> Self:
-        """Return the same options with some changed."""
+        """Return a copy with some options changed, unchecked."""
         return self.model_copy(update=changes)
 
 
 @cache
 def options_of(model: type[Options]) -> dict[str, Option]:
-    """Return the meaning of every field by its name: the command's own first, then what it shares with others."""
+    """Return the annotation of every field by name: the command's own first, then shared ones."""
     found: dict[str, Option] = {}
     for owner in model.__mro__:
         for name in getattr(owner, "__annotations__", {}):
@@ -108,7 +118,7 @@ def options_of(model: type[Options]) -> dict[str, Option]:
 
 
 def plain_type(field: FieldInfo) -> Any:
-    """Return a field's type without `None` and annotations: what the command line has to make of a word."""
+    """Return a field's type without `None` and annotations, as the command line parses it; `str` for other unions."""
     kind: Any = field.annotation
     while True:
         if get_origin(kind) is Annotated:
@@ -121,7 +131,7 @@ def plain_type(field: FieldInfo) -> Any:
 
 
 def flag_of(name: str, meaning: Option) -> str:
-    """Return the long flag of an option, as messages name it."""
+    """Return the long flag of an option: `--kv-ratio`."""
     return next((flag for flag in meaning.flags if flag.startswith("--")), f"--{name.replace('_', '-')}")
 
 
@@ -152,8 +162,9 @@ def _texts(value: Any) -> Any:
 
 
 ModelName = Annotated[str, BeforeValidator(_text)]
-"""A folder, a weights file or a Hub id (`org/name@revision`); paths are taken, too."""
+"""A folder, a weights file or a Hub id (`org/name@revision`), as a string or `Path`."""
 ModelNames = Annotated[list[str], BeforeValidator(_texts)]
+"""A list of them."""
 
 
 def _parameters(pairs: Any) -> Any:
@@ -173,7 +184,7 @@ def _parameters(pairs: Any) -> Any:
 
 
 Parameters = Annotated[dict[str, Any], BeforeValidator(_parameters)]
-"""A method's parameters by name, or words `name=value`."""
+"""A method's parameters: a mapping, or a list of `name=value`."""
 
 
 def _numbers(given: Any) -> Any:
@@ -186,11 +197,11 @@ def _numbers(given: Any) -> Any:
 
 
 Weights = Annotated[list[float], BeforeValidator(_numbers)]
-"""Numbers, or words such as `1,0.5,2`."""
+"""A list of numbers, or a string such as `1,0.5,2`."""
 
 
 def whole_numbers(flag: str) -> BeforeValidator:
-    """Return what turns '512,2048' into numbers."""
+    """Return a validator that turns '512,2048' into integers; `flag` is for its messages."""
 
     def parse(given: Any) -> Any:
         if not isinstance(given, str):
@@ -210,7 +221,7 @@ def _words(given: Any) -> Any:
 
 
 Words = Annotated[list[str], BeforeValidator(_words)]
-"""Words, or one text with commas between them."""
+"""A list of words, or a string with commas between them."""
 
 
 def _target_modules(given: Any) -> Any:
@@ -226,6 +237,6 @@ TargetModules = Annotated[str | list[str], BeforeValidator(_target_modules)]
 
 
 def choices(kind: Any) -> Iterator[str]:
-    """Yield the words that a `Literal` stands for; none for another type."""
+    """Yield the values of a `Literal` type; nothing for another type."""
     if get_origin(kind) is Literal:
         yield from map(str, get_args(kind))

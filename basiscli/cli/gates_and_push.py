@@ -1,4 +1,4 @@
-"""What follows a run: gates on its numbers, and a push to the Hub if all of them pass."""
+"""`--fail-if` and `--push-to`: gates on a run's numbers, and a push to the Hub if all of them pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GatesAndPush:
-    """The gates and the push of one command: checked before the work as far as they can be, done after it."""
+    """The gates and the push of one run: `before` checks them, `done` evaluates the gates and pushes."""
 
     def __init__(
         self,
@@ -25,10 +25,10 @@ class GatesAndPush:
         private: bool = False,
         create_pr: bool = False,
     ) -> None:
-        """Read the gates and the target.
+        """Parse the gates and the push target.
 
         Raises:
-            UsageError: a gate is no condition, the target no Hub id, or `--private` and `--create-pr` stand alone.
+            UsageError: a gate is not a condition, the target is not a Hub id, or `--private` or `--create-pr` has none.
         """
         from basiscli.gates import parse_gate
 
@@ -45,10 +45,14 @@ class GatesAndPush:
             raise UsageError("--private and --create-pr are about a push", remedy="add --push-to org/name")
 
     def before(self, known: Collection[str] | None) -> None:
-        """Refuse what would fail after the work: a misspelt number, and a push by nobody.
+        """Raise before the run for what would fail after it: an unknown number in a gate, a push without login.
 
         Args:
-            known: the numbers there will be; None where only the work can tell.
+            known: names of the numbers that the run will have; None if they depend on the data.
+
+        Raises:
+            UsageError: a gate names another number.
+            HubError: the Hub does not accept the token.
         """
         for gate in self._gates if known is not None else []:
             gate.check_names(known or ())
@@ -60,13 +64,16 @@ class GatesAndPush:
     def done(
         self, document: dict[str, Any], text: Callable[[], None], *, numbers: Mapping[str, float], path: Path | None
     ) -> None:
-        """Show the result, with what the gates and the push came to; the output stays whatever they say.
+        """Evaluate the gates, push if all pass, and show the result; the output stays even if they fail.
 
         Args:
-            document: the result for `--json`; gets `gates` and `push`.
-            text: prints it for people.
-            numbers: what the gates are over.
-            path: what is pushed.
+            document: the result for `--json`; `gates` and `push` are added to a copy.
+            text: prints the result for people.
+            numbers: of the report, by name.
+            path: the folder to push.
+
+        Raises:
+            typer.Exit: a gate or the push failed; the error is shown.
         """
         from basiscli.gates import failure_of
 
@@ -106,7 +113,7 @@ class GatesAndPush:
 
 
 def note_push(out: Output, pushed: Any) -> None:
-    """Say what a push (a `PushResult`) left out and took away."""
+    """Print notes on a `PushResult`: files not pushed, files deleted, no digests to check."""
     if pushed.left_out:
         out.note(f"not pushed: {', '.join(pushed.left_out)}")
     if pushed.removed:
@@ -116,7 +123,7 @@ def note_push(out: Output, pushed: Any) -> None:
 
 
 def known_numbers(method: Method) -> set[str] | None:
-    """Return the numbers that a report of this method can have; None where a method may add numbers of its own."""
+    """Return the names of a method's numbers in a report; None for a plugin's method that may add its own."""
     from basiscli.reports.numbers import MEANINGS
 
     adds = method.keeps_factors and not method.implementation.__module__.startswith("basis_plugins.")

@@ -1,4 +1,4 @@
-"""The keywords of the Python functions, from the same declarations as the command line."""
+"""Signatures and docstrings of the Python functions, from the same options as the command line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FURTHER = "**options: by name:"
 
 
 def keywords(model: type[Options]) -> Callable[[Callable[Call, Made]], Callable[Call, Made]]:
-    """Give a function with `**options` the signature and the documentation of an options model.
+    """Return a decorator that gives a function with `**options` the keywords and documentation of an options class.
 
-    What the function names itself stays; every other field becomes a keyword with the model's default, and a line of
-    the docstring below `**options: by name:`.
+    Parameters that the function names itself stay; every other field becomes a keyword with its default, and a line
+    of the docstring below `**options: by name:`.
     """
 
     def decorate(function: Callable[Call, Made]) -> Callable[Call, Made]:

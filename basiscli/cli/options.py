@@ -16,13 +16,13 @@ _AFTER = "What follows"
 
 
 class Device(Options):
-    """Where it computes."""
+    """The option `--device`."""
 
     device: Annotated[str, option("auto, cpu, cuda or cuda:N.", panel=_EXECUTION, machine=True)] = "auto"
 
 
 class Storage(Options):
-    """In what the result is stored."""
+    """The option `--dtype` of results."""
 
     dtype: Annotated[
         str | None,
@@ -31,7 +31,7 @@ class Storage(Options):
 
 
 class Plugins(Options):
-    """Methods that are not installed."""
+    """The option `--plugin`, for methods in Python files."""
 
     plugins: Annotated[
         list[Path],
@@ -41,13 +41,13 @@ class Plugins(Options):
 
 
 class ShardSize(Options):
-    """How large the result's files are."""
+    """The option `--shard-size` of results."""
 
     shard_size: Annotated[str, option("Size limit of a file.", panel=_EXECUTION, machine=True)] = "5GB"
 
 
 class Workers(Options):
-    """What works on tensors, and where."""
+    """Options of parallelism: `--workers`, `--engine`, `--ray-address`."""
 
     workers: Annotated[
         int | None,
@@ -64,13 +64,13 @@ class Workers(Options):
     def on_a_worker(self) -> Self:
         """Return the options with which a cluster's worker makes the same plan.
 
-        It finds the output's place taken by the run it belongs to, and works on one tensor at a time.
+        It runs one task at a time, and the output folder of its own run exists already.
         """
         return self.but(engine="local", ray_address=None, overwrite=True, workers=1)
 
 
 class Memory(Options):
-    """How much may be worked on at a time."""
+    """The option `--memory`, the budget of tasks on a CPU."""
 
     memory: Annotated[
         str,
@@ -84,13 +84,13 @@ class Memory(Options):
 
 
 class Seed(Options):
-    """What random numbers begin with."""
+    """The option `--seed`."""
 
     seed: Annotated[int, option("For methods that draw random numbers.", panel=_EXECUTION)] = 0
 
 
 class Resume(Options):
-    """What becomes of an interrupted run."""
+    """The option `--resume/--no-resume` of an interrupted run."""
 
     resume: Annotated[
         bool,
@@ -101,7 +101,7 @@ class Resume(Options):
 
 
 class Overwrite(Options):
-    """What becomes of an earlier output."""
+    """The option `--overwrite` of an earlier output."""
 
     overwrite: Annotated[bool, option("Replace an earlier output of basis.", panel=_EXECUTION, not_in_recipes=True)] = (
         False
@@ -109,7 +109,7 @@ class Overwrite(Options):
 
 
 class HeadersOnly(Options):
-    """For plans that are priced and not carried out."""
+    """The keyword `headers_only`, for plans that are priced and not run."""
 
     headers_only: Annotated[
         bool,
@@ -123,13 +123,13 @@ class HeadersOnly(Options):
 
 
 class AllowNonfinite(Options):
-    """Whether broken numbers pass."""
+    """The option `--allow-nonfinite`."""
 
     allow_nonfinite: Annotated[bool, option("Accept NaN and Inf.")] = False
 
 
 class AllowMissing(Options):
-    """Whether models may have different parameters."""
+    """The option `--allow-missing`, for models with different parameters."""
 
     allow_missing: Annotated[bool, option("Accept parameters that only some models have: the base's names win.")] = (
         False
@@ -137,13 +137,13 @@ class AllowMissing(Options):
 
 
 class TrustRemoteCode(Options):
-    """What becomes of code beside a model."""
+    """The option `--trust-remote-code`."""
 
     trust_remote_code: Annotated[bool, option("Copy *.py files beside the result. Nothing runs them.")] = False
 
 
 class Terminal(Options):
-    """What a command at the terminal is told beside its own options; `Command.terminal` says which of them it has."""
+    """Options that exist only at the terminal, beside a command's own; `Command.terminal` names those that it has."""
 
     dry_run: Annotated[bool, option("Print the plan and stop.", panel=_EXECUTION)] = False
     fail_if: Annotated[
@@ -172,7 +172,11 @@ class Terminal(Options):
 
 
 def defaults_of(context: Any, file: Path | None) -> Path | None:
-    """Take defaults for a command's options from a YAML or JSON file, before the other options are read."""
+    """Set a command's defaults from the YAML or JSON file of `--config`; a Typer callback that returns the file.
+
+    Raises:
+        typer.BadParameter: the file cannot be read, or names an option that the command does not have.
+    """
     if file is None:
         return None
     import typer

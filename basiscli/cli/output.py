@@ -1,4 +1,4 @@
-"""The one place that talks to the terminal: results, tables, progress and errors.
+"""Terminal output: results, tables, progress and errors. No other module prints.
 
 A result goes to stdout, everything else to stderr. `--json` makes the result one JSON document, `--quiet` leaves only
 the result. Colours and bars appear on terminals only (rich honours NO_COLOR and TERM=dumb); `--progress json` writes
@@ -32,14 +32,14 @@ _ISSUES = "please report it with the command and the text above at the project's
 
 
 class ProgressStyle(StrEnum):
-    """How progress is shown."""
+    """Values of `--progress`."""
 
     BAR = "bar"
     JSON = "json"
 
 
 class Output:
-    """What a command shows."""
+    """Prints a command's result to stdout as text or JSON, and notes to stderr."""
 
     def __init__(self, *, as_json: bool, quiet: bool, progress: ProgressStyle = ProgressStyle.BAR) -> None:
         self.as_json, self.quiet, self.style = as_json, quiet, progress
@@ -47,29 +47,29 @@ class Output:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     def result(self, document: Any, text: Callable[[], None]) -> None:
-        """Show a result: the JSON document, or what `text` prints."""
+        """Print a result: the document with `--json`, else by calling `text`."""
         if self.as_json:
             print(json.dumps(for_json(document), indent=2, allow_nan=False))  # noqa: T201
         else:
             text()
 
     def failed(self, error: BasisError, document: dict[str, Any], text: Callable[[], None]) -> typer.Exit:
-        """Show a result with the error that followed it; return what ends the command."""
+        """Print a result and the error that followed it; return the exception that ends the command, to be raised."""
         self.result(document | error.as_dict(), text)
         _show(error)
         return typer.Exit(error.exit_code)
 
     def line(self, text: str = "") -> None:
-        """Print a line of the result."""
+        """Print a line of the result to stdout."""
         print(printable(text))  # noqa: T201
 
     def note(self, text: str, *, warning: bool = False) -> None:
-        """Print a remark on stderr."""
+        """Print a note to stderr, unless `--quiet`."""
         if not self.quiet:
             typer.secho(printable(text), err=True, fg="yellow" if warning else None)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-        """Print a table of the result; `right` lists the columns of numbers."""
+        """Print a table of the result; `right` has the indices of right-aligned columns."""
         if not sys.stdout.isatty():  # a pipe gets plain aligned text of any width
             widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
             for row in [columns, *rows]:
@@ -89,14 +89,14 @@ class Output:
         Console().print(table)
 
     def progress(self) -> Progress:
-        """Return the display of a run's progress."""
+        """Return a progress display in the style of `--progress`."""
         if self.style is ProgressStyle.JSON:
             return Lines()
         return Bars(hidden=self.quiet or not sys.stderr.isatty())
 
 
 class Progress(Protocol):
-    """What shows how far a run is; see `engine.local`, which this module does not import to stay cheap."""
+    """A progress display, as `basiscli.progress.Progress`."""
 
     def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None: ...  # noqa: D102
     def advance(self, size: int) -> None: ...  # noqa: D102
@@ -105,7 +105,7 @@ class Progress(Protocol):
 
 
 class Lines:
-    """JSON objects on stderr, one a line: at the beginning and end of a pass, and twice a second in between."""
+    """A progress display of JSON lines on stderr: at a pass's beginning and end, and twice a second in between."""
 
     def __init__(self) -> None:
         self._line: dict[str, Any] = {}
@@ -113,7 +113,7 @@ class Lines:
         self._lock = threading.Lock()  # workers advance
 
     def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
-        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
+        """Begin a pass of `tasks` tasks with `size` bytes (or another unit) in all."""
         with self._lock:
             self._end()
             self._began = time.monotonic()
@@ -121,7 +121,7 @@ class Lines:
             self._show()
 
     def advance(self, size: int) -> None:
-        """Note that one task of this size is finished."""
+        """Count one finished task of this size."""
         with self._lock:
             if self._line:
                 self._line["done"] += size
@@ -129,7 +129,7 @@ class Lines:
                     self._show()
 
     def note(self, text: str) -> None:
-        """Say how the work stands, in the lines that follow."""
+        """Show a text, such as the loss, in the lines that follow."""
         with self._lock:
             if self._line:
                 self._line["note"] = text
@@ -151,7 +151,7 @@ class Lines:
 
 
 class Bars:
-    """Bars on stderr, one a pass: pieces of work, rate and time left."""
+    """A progress display of bars on stderr, one per pass: tasks, rate and time left."""
 
     def __init__(self, *, hidden: bool) -> None:
         self._hidden = hidden
@@ -159,7 +159,7 @@ class Bars:
         self._bar: Any = None
 
     def start(self, what: str, tasks: int, size: int, unit: str = "bytes") -> None:
-        """Begin a pass of so many tasks, and bytes (or another unit) in all."""
+        """Begin a pass of `tasks` tasks with `size` bytes (or another unit) in all."""
         if self._hidden or tasks == 0 or what == _BY_HUB:
             return
         from rich.console import Console
@@ -178,14 +178,14 @@ class Bars:
         self._bar = self._bars.add_task(what, total=size, done=0, tasks=tasks, unit=unit, amount="", note="")
 
     def advance(self, size: int) -> None:
-        """Note that one task of this size is finished."""
+        """Count one finished task of this size."""
         if self._bars is not None:
             bar = next(task for task in self._bars.tasks if task.id == self._bar)
             done = bar.fields["done"] + 1
             self._bars.update(self._bar, advance=size, done=done, amount=_amount(bar, done))
 
     def note(self, text: str) -> None:
-        """Say how the work stands, beside the bar."""
+        """Show a text, such as the loss, beside the bar."""
         if self._bars is not None:
             self._bars.update(self._bar, note=text)
 
@@ -210,7 +210,7 @@ def _show(error: BasisError) -> None:
 
 @contextmanager
 def errors_shown(*, as_json: bool) -> Iterator[None]:
-    """Turn what goes wrong into a message and the right exit code."""
+    """Print errors of the block and exit with their code (`typer.Exit`); others are bugs: traceback and code 1."""
     try:
         yield
     except BasisError as error:

@@ -1,4 +1,4 @@
-"""`--save-recipe`: the command as a step of a recipe, which `basis run` does again."""
+"""`--save-recipe`: a command line as a recipe for `basis run`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def refuse_existing(file: Path) -> None:
-    """Refuse to write a recipe over something.
+    """Raise if a recipe's file exists.
 
     Raises:
         UsageError: the file exists.
@@ -30,11 +30,11 @@ def save(
     """Write a command and its options into a file as a recipe.
 
     Args:
-        file: where the recipe goes.
-        command: what was done.
+        file: the recipe to write.
+        command: the command.
         options: its options.
         fail_if: the command's gates.
-        push_to: where the result is pushed; a step of its own.
+        push_to: Hub id for a second step that pushes the result.
 
     Raises:
         UsageError: the file exists, or cannot be written.
@@ -52,7 +52,7 @@ def save(
 
 
 def as_step(command: Command, options: Options) -> dict[str, Any]:
-    """Return the step of a recipe that does the same."""
+    """Return a command and its options as a step of a recipe: `{"merge": [...], "method": "ties"}`."""
     given, step = None, dict[str, Any]()
     for name, meaning in options_of(type(options)).items():
         value = getattr(options, name)

@@ -1,4 +1,4 @@
-"""One call of a command at the terminal: what it was told beside its own options, and what shows the outcome."""
+"""One call of a command at the terminal: its terminal options, and how its plan and result are shown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class View:
-    """What the terminal shows of a command's plan and result; each command has a subclass of its own."""
+    """Shows a command's plan and result at the terminal; commands that write a model have a subclass each."""
 
     def document(self, plan: Any) -> dict[str, Any]:
         """Return the plan as plain data, for `--dry-run --json`."""
@@ -30,24 +30,30 @@ class View:
         raise NotImplementedError
 
     def summary(self, report: Report) -> str:
-        """Return what a person wants to know when it is done."""
+        """Return the lines to print after a run, from its report."""
         raise NotImplementedError
 
     def forecast(self, plan: Any) -> Sequence[str]:
-        """Return what a person wants to know before it begins, beside the plan's notes."""
+        """Return notes to print before a run, beside the plan's."""
         return ()
 
     def places(self, made: Any) -> Mapping[str, Any]:
-        """Return parts of the result for `--json`, beside its path and report."""
+        """Return further fields of the result for `--json`, beside its path and report."""
         return {}
 
     def known(self, plan: Any) -> Collection[str] | None:
-        """Return the numbers that gates can be over; None where only the work can tell."""
+        """Return the names of the numbers that gates may use; None if they depend on the data."""
         return known_numbers(plan.method)
 
 
 class Session:
-    """What a command was told about showing, gates, pushing and saving; does what commands have in common."""
+    """One call of a command: its terminal options (`told`), and where it prints (`out`).
+
+        def main(options: NormsOptions, session: Session) -> None:
+            session.out.result(document, lambda: session.out.line("…"))
+
+    A command with `main` gets it as the second argument.
+    """
 
     def __init__(self, command: Command, told: Terminal) -> None:
         self.command, self.told = command, told
@@ -55,10 +61,10 @@ class Session:
 
     @cached_property
     def follow_up(self) -> GatesAndPush:
-        """The gates and the push that follow, read from the options.
+        """The gates and the push of this call.
 
         Raises:
-            UsageError: a gate is no condition, the target no Hub id.
+            UsageError: a gate is not a condition, or the target not a Hub id.
         """
         told = self.told
         return GatesAndPush(
@@ -66,21 +72,21 @@ class Session:
         )
 
     def progress(self) -> Progress:
-        """Return the display of progress."""
+        """Return a progress display."""
         return self.out.progress()
 
     def save(self, options: Options) -> None:
-        """Write the command as a recipe, if that was asked for."""
+        """Write the command as a recipe, if `--save-recipe` is given."""
         from basiscli.cli.save_recipe import save
 
         if self.told.save_recipe is not None:
             save(self.told.save_recipe, self.command, options, fail_if=self.told.fail_if, push_to=self.told.push_to)
 
     def check(self) -> None:
-        """Refuse what is wrong whatever the command's own options are, before anything is done.
+        """Check the terminal options before anything is done.
 
         Raises:
-            UsageError: a gate is no condition, the target of a push no Hub id, the file of `--save-recipe` exists.
+            UsageError: a gate is not a condition, the push target not a Hub id, or the file of `--save-recipe` exists.
         """
         from basiscli.cli.save_recipe import refuse_existing
 
@@ -90,14 +96,14 @@ class Session:
 
 
 def invoke(session: Session, options: Options) -> None:
-    """Plan what the options ask for; show the plan, or carry it out and show what came of it."""
+    """Plan a command with these options, then run it and show the result; with `--dry-run` show the plan."""
     plan = session.command.planned(options)
     session.save(options)
     show_or_run(session, plan, session.command)
 
 
 def show_or_run(session: Session, plan: Any, command: Command) -> None:
-    """Show a plan of a command, or do what it says and show what came of it."""
+    """Run a plan and show the result; with `--dry-run` show the plan instead."""
     out, follow_up = session.out, session.follow_up
     view: View = command.load(command.view)()
     if session.told.dry_run:

@@ -1,4 +1,4 @@
-"""From a command's declaration to Typer's: a function with a made signature."""
+"""Typer functions made from the declarations of commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
 NO_HELP = {"help_option_names": list[str]()}
-"""For Typer's `context_settings`: commands have an option `--help` of ours."""
+"""Typer `context_settings` that replace Typer's `--help` by `HELP`."""
 
 
 def _show_help(context: typer.Context, wanted: bool) -> None:
@@ -40,11 +40,11 @@ HELP = inspect.Parameter(
         ),
     ],
 )
-"""`--help` as Typer has it, without a type beside it."""
+"""Parameter of the option `--help`, which is shown without a type."""
 
 
 def terminal_function(command: Command) -> Callable[..., None]:
-    """Return the function that Typer makes a command of."""
+    """Return a function with Typer's signature for a command, which runs it."""
     own = [_parameter(command.model, name, meaning) for name, meaning in options_of(command.model).items()]
     shared = options_of(Terminal)
     told = [_parameter(Terminal, name, shared[name]) for name in shared if name in command.terminal]

@@ -1,1 +1,1 @@
-"""Plans and what runs them."""
+"""Tasks and the engines that run them: threads, batches, memory budget, CUDA streams, Ray, cost estimates."""

@@ -1,4 +1,4 @@
-"""Tasks of one kind that are done in step, so that a GPU decomposes their matrices together."""
+"""Batches of tasks with equal shapes, run in lockstep so that a GPU decomposes their matrices in one call."""
 
 from __future__ import annotations
 
@@ -10,39 +10,43 @@ import torch
 
 from basiscli.engine.streams import same_stream
 from basiscli.engine.tasks import Task
-from basiscli.linalg.eigen import GivenUp, Step
+from basiscli.linalg.eigen import Aborted, Lockstep
 
-MOST_MEMBERS = 16
-MOST_BYTES = 4_000_000_000
-"""Of a batch's workspace. Not what a GPU has free: the bytes of results would depend on it."""
+MAX_TASKS = 16
+"""Tasks in one batch, at most."""
+MAX_WORKSPACE = 4_000_000_000
+"""Bytes of workspace of one batch, at most. A constant, since results would depend on what a GPU has free."""
 _BATCHING = frozenset({"cuda"})  # a CPU takes one matrix of a batch after another, and its threads side by side
 
 
 def in_batches(
     tasks: Iterable[Task],
-    alike: Callable[[Task], Hashable | None],
+    batch_key: Callable[[Task], Hashable | None],
     *,
     device: torch.device,
     done: Container[str],
 ) -> list[Task]:
-    """Return what is not done of a run's tasks, those that are alike as batches where the device is for it.
+    """Return the unfinished tasks of a run, on a GPU with those of equal `batch_key` combined into batches.
 
-    How a matrix is decomposed on a GPU, and so the last bits of the result, depends on what is decomposed beside it.
-    The batches are therefore made of all tasks, whatever is done; one of which something is left is done as a whole.
+    A batch is a `Task` whose `members` are the tasks in it. How a matrix is decomposed on a GPU, and so the last bits
+    of the result, depends on what is decomposed beside it. The batches are therefore made of all tasks, finished ones
+    too, and a batch with one unfinished task is run as a whole.
+
+        tasks = in_batches(all_tasks, lambda task: task.arguments[0].shape, device=device, done=journal)
 
     Args:
-        tasks: all of a pass.
-        alike: returns what tasks of one batch have in common; None for a task that needs none.
-        device: where they are done.
+        tasks: all tasks of the run, finished ones too.
+        batch_key: returns what the tasks of one batch have in common, such as a shape; None for a task of its own.
+        device: what the tasks run on.
         done: the keys of finished tasks.
     """
     batching = device.type in _BATCHING
     open_batches: dict[Hashable, list[Task]] = {}
     batches: list[list[Task]] = []
     for task in tasks:
-        kind = alike(task) if batching else None
+        kind = batch_key(task) if batching else None
         batch = open_batches.get(kind) if kind is not None else None
-        if batch is None or len(batch) == MOST_MEMBERS or _workspace([*batch, task]) > MOST_BYTES:
+        if batch is None or len(batch) == MAX_TASKS or _workspace([*batch, task]) > MAX_WORKSPACE:
             batch = []
             batches.append(batch)
             if kind is not None:
@@ -52,18 +56,23 @@ def in_batches(
 
 
 def do_task(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, dict[str, Any]]:
-    """Do a task, or the members of a batch in step; return the journal's entries by key."""
+    """Run a task, or the members of a batch in lockstep, one thread each; return the journal's entries by task key.
+
+    Args:
+        do: takes a task's arguments and returns its journal entry.
+        task: a single task or a batch made by `in_batches`.
+    """
     if not task.members:
         return {task.key: do(*task.arguments)}
-    step, stream = Step(len(task.members)), same_stream()
+    lockstep, stream = Lockstep(len(task.members)), same_stream()
     entries: dict[str, dict[str, Any]] = {}
     errors: list[BaseException] = []
 
     def work(number: int, member: Task) -> None:
         try:
-            with stream(), step.member(number):
+            with stream(), lockstep.member(number):
                 entries[member.key] = do(*member.arguments)
-        except GivenUp:
+        except Aborted:
             pass  # the thread that failed says why
         except BaseException as error:  # handed to the caller's thread
             errors.append(error)
@@ -78,7 +87,7 @@ def do_task(do: Callable[..., dict[str, Any]], task: Task) -> dict[str, dict[str
         for thread in threads:
             thread.join()
     except BaseException:  # a signal, where this is the main thread: nothing may be writing when it is passed on
-        step.give_up()
+        lockstep.abort()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

@@ -1,4 +1,4 @@
-"""Which engine does a plan's tasks: threads of this machine, or a Ray cluster."""
+"""Choosing the engine that runs a plan's tasks: threads of this process, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def cluster_of(options: Mapping[str, Any], plan: Callable[[], Plan]) -> Cluster | None:
-    """Return the cluster that options ask for, if they do.
+    """Return the Ray cluster that a command's options name, None for the local engine.
 
     Args:
-        options: of the command, by name.
-        plan: makes the command's plan again, on another machine; can be pickled.
+        options: the command's, by name; read are `engine`, `ray_address` and `workers`.
+        plan: makes the command's plan again, on another machine; picklable.
 
     Raises:
-        UsageError: no such engine, Ray is not installed, an address without it.
+        UsageError: an unknown engine, `--engine ray` without Ray installed, or an address without `--engine ray`.
     """
     engine, address, workers = options.get("engine", "local"), options.get("ray_address"), options.get("workers")
     if engine not in get_args(EngineName):
@@ -42,10 +42,10 @@ def cluster_of(options: Mapping[str, Any], plan: Callable[[], Plan]) -> Cluster 
 
 
 def device_of(settings: Settings) -> torch.device:
-    """Return the device of a run; on a cluster the workers' own, which need not be on this machine.
+    """Return the device that tasks compute on; with a cluster that of its workers, which this machine need not have.
 
     Raises:
-        ResourceError: if there is no such device here, where the work is done here.
+        ResourceError: there is no such device on this machine, and the tasks run on it.
     """
     import torch
 
@@ -57,21 +57,24 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def refuse_headers_only(headers_only: bool) -> None:
-    """Refuse to carry out a plan that was made to be priced.
+    """Raise if a plan was made from headers alone, without the weights: it can be priced but not run.
 
     Raises:
-        UsageError: it was.
+        UsageError: `headers_only` is set.
     """
     if headers_only:
         raise UsageError("a plan on headers alone can be priced and not carried out", remedy="leave out headers_only")
 
 
 @contextmanager
-def engine_of(plan: Plan, settings: Settings) -> Iterator[Engine]:
-    """Provide what does the tasks of a plan.
+def open_engine(plan: Plan, settings: Settings) -> Iterator[Engine]:
+    """Open the engine that runs a plan's tasks, as the settings choose it; a cluster's connection ends on exit.
+
+        with open_engine(plan, settings) as engine:
+            engine.run_tasks(tasks, run.do, record, progress=progress, what="merging")
 
     Raises:
-        UsageError: the plan was made to be priced.
+        UsageError: the plan was made from headers alone.
     """
     refuse_headers_only(settings.headers_only)
     if settings.cluster is None:

@@ -1,4 +1,4 @@
-"""Copying a tensor from an input to the output, in blocks."""
+"""Copying a tensor from an input checkpoint to the output, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def copy_tensor(source: Checkpoint, output: PartialOutput, name: str, *, allow_nonfinite: bool = False) -> str:
-    """Copy a tensor in the dtype that the output's plan has for it; return the digest of what was written.
+    """Copy a tensor into the output, in the dtype that its layout has for it; return the SHA-256 of the bytes written.
+
+    At most `BLOCK_ELEMENTS` elements are in memory at a time.
 
     Raises:
-        InputError: a NaN or Inf in the input, or a value that the output's dtype cannot hold.
+        InputError: NaN or Inf in the input, unless allowed, or a value beyond the output dtype's range.
     """
     stored, planned = source.tensors[name], output.layout.tensors[name].dtype
     dtype = torch_dtype(planned)

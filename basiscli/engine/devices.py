@@ -1,4 +1,4 @@
-"""Which device the work runs on, what it computes in there, and how it ends when memory runs out."""
+"""Choosing a device and its compute dtype, and handling of memory: errors when it runs out, returning it when freed."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from basiscli.errors import ResourceError
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
-def choose_device(wish: str) -> torch.device:
-    """Return the device for 'auto' or a device's name.
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name such as 'cpu' or 'cuda:1'; for 'auto' CUDA where there is a GPU, else the CPU.
 
     Raises:
-        ResourceError: if there is no such device.
+        ResourceError: there is no such device, or it does not work.
     """
-    if wish == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wish)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ResourceError(f"no device '{wish}': {str(error).splitlines()[0]}", remedy="--device cpu") from error
+        raise ResourceError(f"no device '{name}': {str(error).splitlines()[0]}", remedy="--device cpu") from error
     return device
 
 
 def working_dtype(device: torch.device, tensors: Iterable[TensorSpec]) -> torch.dtype:
-    """Return what a model computes in: float32 on a CPU (faster there than bfloat16), else as it is stored."""
+    """Return the dtype for running a model: float32 on a CPU (faster there than bfloat16), else its commonest one."""
     if device.type == "cpu":
         return torch.float32
     stored = torch_dtype(commonest_dtype(tensors))
@@ -41,23 +41,26 @@ def working_dtype(device: torch.device, tensors: Iterable[TensorSpec]) -> torch.
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says so; the CPU's allocator and the GPU's libraries raise a plain RuntimeError."""
+    """Return whether an error means out of memory, on the CPU or a GPU.
+
+    torch's OutOfMemoryError is one of several: the CPU's allocator and the GPU's libraries raise a plain RuntimeError.
+    """
     said = ("allocate memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
-def keep_small_blocks() -> None:
-    """Have freed tensors of more than 8 MB go back to the system at once, for the rest of the process.
+def return_large_blocks() -> None:
+    """Make freed tensors of more than 8 MB return to the system at once, for the rest of the process.
 
-    Where the C library can be told to. glibc keeps blocks of up to 32 MB, and those that lie below others in use for
-    ever; of a model that streams through, that comes to more than its layers. Smaller blocks are worth keeping: the
-    pages of a new one cost more than most of what is done with them. `give_back_memory` is for these.
+    It sets malloc's mmap threshold, where the C library has one. glibc keeps blocks of up to 32 MB, and those that lie
+    below others in use for ever; of a model that streams through, that comes to more than its layers. Smaller blocks
+    are worth keeping: the pages of a new one cost more than most of what is done with them. `trim_memory` returns them.
     """
     _libc("mallopt", _M_MMAP_THRESHOLD, 1 << 23)
 
 
-def give_back_memory() -> None:
-    """Have what was freed go back to the system, where the C library can be told to."""
+def trim_memory() -> None:
+    """Return freed memory of this process to the system (malloc_trim), where the C library can."""
     _libc("malloc_trim", 0)
 
 
@@ -68,11 +71,11 @@ def _libc(name: str, *arguments: int) -> None:
 
 
 @contextmanager
-def within_memory(remedy: str) -> Iterator[None]:
-    """Run what may need more memory than there is.
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the block into a `ResourceError` with advice.
 
     Raises:
-        ResourceError: it did.
+        ResourceError: the block ran out of memory; `remedy` is what the user is told to do.
     """
     try:
         yield

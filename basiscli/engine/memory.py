@@ -8,22 +8,35 @@ from contextlib import contextmanager
 
 
 class MemoryBudget:
-    """So many bytes, handed out to tasks; a task that needs more than there are runs alone."""
+    """Bytes of one device's memory, which tasks acquire while they run.
+
+        budget = MemoryBudget(8_000_000_000)
+        with budget.acquire(task.workspace, lambda: failed) as acquired:
+            if acquired:
+                …
+
+    A task that needs more than the whole budget runs when no other does.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._free = size
         self._running = 0
         self._reserved = False
-        """Whether a task is running alone, or waiting to."""
+        """Whether a task runs exclusively, or waits to."""
         self._changed = threading.Condition()
 
     @contextmanager
-    def share(self, needed: int, given_up: Callable[[], bool]) -> Iterator[bool]:
-        """Wait for so much memory and hold it; False, with nothing held, if the whole run is given up meanwhile."""
+    def acquire(self, needed: int, cancelled: Callable[[], bool]) -> Iterator[bool]:
+        """Wait until so many bytes are free and hold them; yield False, with none held, if the run is cancelled first.
+
+        Args:
+            needed: bytes; more than the whole budget has are given when no other task runs.
+            cancelled: whether the run has failed or was interrupted; asked again at every `wake`.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: given_up() or (not self._reserved and self._fits(needed)))
-            held = not given_up()
+            self._changed.wait_for(lambda: cancelled() or (not self._reserved and self._fits(needed)))
+            held = not cancelled()
             if held:
                 self._free -= needed
                 self._running += 1
@@ -37,8 +50,8 @@ class MemoryBudget:
                     self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no task holds memory, and let none begin meanwhile."""
+    def exclusive(self) -> Iterator[None]:
+        """Hold the whole device: wait until no task holds memory, and let none acquire any until the block ends."""
         with self._changed:
             self._changed.wait_for(lambda: not self._reserved)
             self._reserved = True
@@ -51,7 +64,7 @@ class MemoryBudget:
                 self._changed.notify_all()
 
     def wake(self) -> None:
-        """Have those who wait look again whether the run is given up."""
+        """Make all waiting tasks check again whether the run is cancelled."""
         with self._changed:
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""What every run does around its work: open the partial output, and leave it as it should be left."""
+"""The partial output of a run: opened or resumed, kept after an interruption, removed after bad input."""
 
 from __future__ import annotations
 
@@ -19,40 +19,51 @@ from basiscli.version import __version__
 
 
 class Plan(Protocol):
-    """What a plan of any command has."""
+    """What the plan of every command that writes an output has."""
 
     @property
     def out(self) -> Path:
-        """The folder to make."""
+        """The output folder."""
 
     @property
     def layout(self) -> Layout:
-        """Its weights."""
+        """Which tensors the output's weight files hold: names, dtypes, shapes and files."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides the result."""
+        """Digest of all that the result depends on; an interrupted run is resumed only if it is the same."""
 
     @property
     def notes(self) -> list[str]:
-        """What the report says besides; a run may add to it."""
+        """Notes for the report; a run may add to them."""
 
     def price(self, rates: Rates = MEASURED) -> Price | None:
-        """Return what it would take at these rates; None where nobody can tell before the work."""
+        """Return the bytes, operations and seconds of the run at these rates; None where they depend on the data."""
 
     def close(self) -> None:
-        """Close the inputs."""
+        """Close the input files."""
 
 
 def fingerprint_of(files: Iterable[Path], facts: Sequence[Any]) -> str:
-    """Return a digest of inputs (by path, size and time of change) and of everything else that decides a result."""
+    """Return the SHA-256 of input files (by path, size and modification time), the version of basis, and further facts.
+
+    Args:
+        files: the inputs.
+        facts: everything else that the result depends on, such as the method and its parameters; JSON.
+    """
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(json.dumps([__version__, stamps, *facts]).encode()).hexdigest()
 
 
 @contextmanager
 def partial_output(plan: Plan, progress: Progress, *, resume: bool) -> Iterator[PartialOutput]:
-    """Take up or begin a plan's partial output; bad input removes it, any other end keeps what is done."""
+    """Open a plan's partial output, resuming an interrupted run's if allowed, and close it and the plan's inputs.
+
+    An `InputError` in the block removes the partial output, any other error keeps it for the next run.
+
+        with partial_output(plan, progress, resume=True) as output:
+            output.write(name, tensor, 0)
+    """
     output = PartialOutput(plan.out, plan.layout, plan.fingerprint, resume=resume)
     try:
         yield output

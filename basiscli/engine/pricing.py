@@ -1,6 +1,6 @@
-"""The arithmetic of prices: bytes, floating-point operations, and hours at the rates of `engine.rates`.
+"""Cost estimates for `--dry-run`: bytes, floating-point operations, and hours at the rates of `engine.rates`.
 
-A command counts its own work in its `price.py`; here is what their counts share. Operations are counted from shapes,
+Each command counts its own work in its `price.py`, with the functions here. Operations are counted from shapes,
 multiplications and additions alike, as the algorithms of `linalg` do them: n × n eigenvectors as 9 n³, the product of
 m × k and k × n as 2 m n k. What an elementwise method does to each number is in its measured rate; of its operations
 only the weighted sum and the statistics of the report are counted.
@@ -21,19 +21,19 @@ _KRYLOV_BLOCKS = 8  # of rank + 8 columns each: what `fast_svd` needs on weights
 
 @dataclass(frozen=True)
 class Price:
-    """The bytes, operations and time that a run would take, by the shapes of its tensors and measured rates."""
+    """Estimated cost of a run in bytes, operations and seconds, from the shapes of its tensors and measured rates."""
 
     read_bytes: int
     write_bytes: int
     flops: float
     """Floating-point operations of all workers together."""
     seconds: float
-    """With `workers` of them side by side, and storage that keeps up."""
+    """Wall-clock time with `workers` in parallel, and storage that keeps up."""
     workers: int
     machine: str
-    """What a worker was measured on: `an AMD EPYC core`."""
+    """The hardware of one worker that was measured: `an AMD EPYC core`."""
     download_bytes: int = 0
-    """Of weights on the Hub of which headers alone are here."""
+    """Bytes of weights on the Hub that are not in the local cache."""
 
     @property
     def hours(self) -> float:
@@ -48,7 +48,7 @@ class Price:
         return f"{self.seconds / 60:.0f} minutes" if self.seconds < 5400 else f"{self.seconds / 3600:.1f} hours"
 
     def sentence(self) -> str:
-        """Return operations and time as a person reads them.
+        """Return download, operations and time in words.
 
         `8.59 TFLOP: about 2.4 hours with 2 workers, each an AMD EPYC core, on storage of at least 1.5 GB/s`
         """
@@ -60,7 +60,7 @@ class Price:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
+        """Return all fields and `hours` as plain data, for `--json`."""
         return {**vars(self), "hours": self.hours}
 
 
@@ -73,20 +73,20 @@ def _operations(flops: float) -> str:
 
 
 def bytes_to_download(checkpoints: Iterable[Checkpoint | None]) -> int:
-    """Return the bytes of the checkpoints that are on the Hub and not here; one that is given twice counts once."""
+    """Return the bytes of those checkpoints that are on the Hub and not in the local cache, each counted once."""
     remote = {c.source.path: c for c in checkpoints if c is not None and c.source.is_remote}
     return sum(tensor.nbytes for checkpoint in remote.values() for tensor in checkpoint.tensors.values())
 
 
-def flops_a_worker(work: Sequence[tuple[float, int]], workers: int, memory: int | None) -> float:
-    """Return the floating-point operations that each worker has to do.
+def flops_per_worker(work: Sequence[tuple[float, int]], workers: int, memory: int | None) -> float:
+    """Return the floating-point operations of the busiest worker, by which a run's time is estimated.
 
     In one machine's memory large tasks do not fit side by side, however many workers there are; see `Threads`.
 
     Args:
-        work: of each task its operations, and the bytes of memory that it takes.
-        workers: tasks at a time.
-        memory: bytes that tasks may take together; None on a cluster, whose machines have each their own.
+        work: (operations, bytes of workspace) of each task.
+        workers: how many tasks run at a time.
+        memory: budget of all tasks together in bytes; None on a cluster, where each machine has its own.
     """
     even = sum(flops for flops, _ in work) / workers
     if memory is None or not work:
@@ -96,7 +96,7 @@ def flops_a_worker(work: Sequence[tuple[float, int]], workers: int, memory: int 
 
 
 def projection_flops(shape: Iterable[int]) -> float:
-    """Return the operations of one dense step of `linalg.projection`, on a matrix of this shape.
+    """Return the operations of one `linalg.projection.project_and_add` of dense matrices of this shape.
 
     Two thirds of SᵀS, its eigenvectors V, U from them, T V, and U M Vᵀ.
     """
@@ -105,13 +105,13 @@ def projection_flops(shape: Iterable[int]) -> float:
 
 
 def exact_svd_flops(shape: Iterable[int], rank: int) -> float:
-    """Return the operations of a truncated SVD by way of the smaller Gram matrix and all its eigenvectors."""
+    """Return the operations of `linalg.svd.exact_svd`: the smaller Gram matrix and all its eigenvectors."""
     n, m = sorted(shape)
     return 2.0 * m * n**2 + _EIGEN * n**3 + 2.0 * m * n * rank
 
 
 def fast_svd_flops(shape: Iterable[int], rank: int) -> float:
-    """Return the operations of a truncated SVD by block Krylov iteration.
+    """Return the operations of `linalg.svd.fast_svd`: block Krylov iteration.
 
     Two products a block, and its basis made orthogonal twice; where the blocks would span the matrix, it is exact.
     """

@@ -1,4 +1,4 @@
-"""How fast one worker of a measured machine is: what `--dry-run` turns bytes and operations into hours with.
+"""Measured throughput of one worker, by which `--dry-run` turns bytes and operations into hours.
 
 From `benchmarks/scale.py` and `benchmarks/scale.py --methods`, whose results are `benchmarks/results/scale.json`:
 processor time of a worker on one core, the start of the command not counted. The rates of running a model are
@@ -13,24 +13,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rates:
-    """What one worker does in a second."""
+    """Throughput of one worker: bytes or floating-point operations a second."""
 
     machine: str
     copy_bytes: float
-    """Read, checked, hashed and written: of both together."""
+    """Reading, checking, hashing and writing a tensor: bytes read and written together."""
     methods: Mapping[str, float]
-    """The same with what a merge method does to every number; ortho's decompositions are counted beside."""
+    """The same with a merge method's arithmetic, by method; the decompositions of `ortho` are counted apart."""
     exact_flops: float
-    """Of Gram matrices and eigenvectors in float64."""
+    """Gram matrices and eigenvectors in float64 (`exact_svd`)."""
     fast_flops: float
-    """Of the block Krylov iteration in float32, with what the report measures of its result."""
+    """Block Krylov iteration in float32 (`fast_svd`), with what the report measures of its result."""
     forward_flops: float
-    """Of running a model over text, and adding up the moments of its inputs: products in float32, mostly."""
+    """A forward over text, and adding up the moments of inputs: products in float32, mostly."""
     training_flops: float
-    """Of forwards and backwards of a whole model with its logits, and their distance from the dense model's."""
+    """Forward and backward of a whole model with its logits and the distillation loss."""
 
     def merge_bytes(self, method: str) -> float:
-        """Return the rate of a merge method; of one that was not measured, the slowest's."""
+        """Return bytes a second of a merge method; for one that was not measured those of the slowest."""
         return self.methods.get(method, min(self.methods.values()))
 
 

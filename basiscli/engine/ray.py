@@ -1,4 +1,4 @@
-"""Doing a plan's tasks on a Ray cluster whose machines share the file system of inputs and output.
+"""The Ray engine: runs a plan's tasks on a cluster whose machines share the file system of inputs and output.
 
 The driver is where the command was given: it plans, keeps the journal, shows the progress, and hands out tasks. A
 worker is one process of the cluster. With its first task it makes the same plan, opens the shards for writing and
@@ -49,25 +49,29 @@ _LOST = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know of a run to take part in it; pickled with every task."""
+    """What a worker needs to run tasks of a run; pickled with every task."""
 
-    number: str
+    id: str
+    """Unique to this run of the driver."""
     plan: Callable[[], Plan]
     fingerprint: str
     run: type
     """Built from a plan, an output, a progress display, a device and an engine; its methods do the tasks."""
     device: str
     folder: Path
-    """What relative paths count from."""
+    """Working directory of the driver, which relative paths start from."""
     environment: Mapping[str, str]
+    """Variables that the worker sets: where the Hub's cache is."""
 
 
 @contextmanager
 def connected(cluster: Cluster, plan: Plan, device: torch.device) -> Iterator[RayEngine]:
-    """Connect to the cluster, or start one of this machine; one that the caller's process has is used as it is.
+    """Connect to the cluster, or start one on this machine; yield the engine and disconnect at the end.
+
+    A connection that the process already has is used and left open.
 
     Raises:
-        UsageError: there is no cluster at that address.
+        UsageError: no cluster answers at that address.
     """
     ours = not ray.is_initialized()
     if ours:
@@ -82,15 +86,15 @@ def connected(cluster: Cluster, plan: Plan, device: torch.device) -> Iterator[Ra
 
 @dataclass
 class RayEngine:
-    """Hands tasks to the workers of the cluster that this process is connected to."""
+    """Runs tasks on the workers of the Ray cluster that this process is connected to; see `Engine`."""
 
     cluster: Cluster
     plan: Plan
     device: torch.device
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """What workers know the run by."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """By which workers tell one run from the next."""
     lost: Counter[str] = field(default_factory=Counter)
-    """How often the worker of a task was lost, by the task's key."""
+    """How many workers were lost at each task, by its key."""
 
     def run_tasks(
         self,
@@ -101,10 +105,10 @@ class RayEngine:
         progress: Progress,
         what: str,
     ) -> None:
-        """Run tasks as `Threads.run_tasks` does; `do` is a method of a run, and workers call it on their own.
+        """Run tasks and record each as it ends; see `Engine.run_tasks`. Workers call `do` on a run of their own.
 
         Raises:
-            ResourceError: a task lost one worker after another, or the cluster itself.
+            ResourceError: a task lost more than `RETRIES` workers, or the cluster failed.
         """
         job = self._job(do)
         waiting, running = deque(largest_first(tasks)), dict[ObjectRef, Task]()
@@ -134,7 +138,7 @@ class RayEngine:
         # What the driver has resolved is in the cache; a worker that asked the Hub again might find another revision.
         environment["HF_HUB_OFFLINE"] = "1"
         return Job(
-            self.number, self.cluster.plan, self.plan.fingerprint, type(run), str(self.device), Path.cwd(),
+            self.id, self.cluster.plan, self.plan.fingerprint, type(run), str(self.device), Path.cwd(),
             environment,
         )  # fmt: skip
 
@@ -179,9 +183,9 @@ class RayEngine:
 
 @dataclass
 class _Part:
-    """What this process has of the run that it takes part in."""
+    """A worker's own plan, shards and runs of the job whose tasks it runs."""
 
-    number: str
+    job_id: str
     plan: Plan
     shards: Shards
     runs: dict[type, Any] = field(default_factory=dict)
@@ -204,7 +208,7 @@ _REMOTE = ray.remote(num_cpus=1, max_retries=0)(_do)  # `RayEngine` gives tasks 
 
 def _run_of(job: Job) -> Any:
     global _part
-    if _part is None or _part.number != job.number:
+    if _part is None or _part.job_id != job.id:
         if _part is not None:
             _part.shards.close()
             _part.plan.close()
@@ -237,7 +241,7 @@ def _take_up(job: Job) -> _Part:
         shards = Shards.join(plan.out, plan.layout, plan.fingerprint)
     except (OSError, ValueError) as error:
         raise InputError(f"{host} does not see the partial output", file=plan.out, remedy=_SHARE) from error
-    return _Part(job.number, plan, shards)
+    return _Part(job.id, plan, shards)
 
 
 _SHARE = "every machine needs the models, the output and the same basis, on a shared file system under the same paths"

@@ -1,4 +1,4 @@
-"""How a run is done: its settings, as plain data, made of what a command was told."""
+"""Settings of a run (device, dtype, workers, memory, seed, cluster) as plain data, made of a command's options."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
 
 EngineName = Literal["local", "ray"]
 DEFAULT_MEMORY = 1_000_000_000
-"""Bytes that tasks may take together on a CPU, where the user does not say otherwise."""
+"""Default of `Settings.memory`, in bytes."""
 
 
 def default_workers() -> int:
-    """Return the number of processors this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster, and how its workers make the plan of the run they take part in."""
+    """A Ray cluster: its address, and the function by which its workers make the run's plan."""
 
     address: str | None
     """As Ray takes it ('auto', 'host:port'); None starts one on this machine."""
     workers: int | None
     """Tasks at a time; None for as many as the cluster has processors."""
     plan: Callable[[], Plan]
-    """Plain data and a function that other machines have, too, so that it can be pickled."""
+    """Makes the command's plan again; picklable: a module's function with plain arguments."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is done; only `dtype`, `seed` and the three permissions change the result."""
+    """Settings of a run; of these only `dtype`, `seed` and the three permissions change the result."""
 
     device: str = "auto"
     dtype: str | None = None
     shard_bytes: int = 5_000_000_000
     workers: int = field(default_factory=default_workers)
     memory: int = DEFAULT_MEMORY
-    """Bytes that tensors worked on side by side may take on a CPU."""
+    """Memory budget in bytes of all tasks that run at the same time on a CPU."""
     seed: int = 0
     resume: bool = True
     overwrite: bool = False
@@ -53,25 +53,25 @@ class Settings:
     allow_missing: bool = False
     trust_remote_code: bool = False
     headers_only: bool = False
-    """Whether inputs may lack their data: such a plan tells what the work would cost, and cannot be carried out."""
+    """Whether to plan from headers, without the inputs' data: such a plan has a price and cannot be run."""
     cluster: Cluster | None = None
-    """Where the tasks are done, if not in threads of this machine."""
+    """The Ray cluster that runs the tasks; None for threads of this process."""
 
     @property
     def shared_memory(self) -> int | None:
-        """Bytes that all tasks take together, at most; None on a cluster, whose machines have each their own."""
+        """Memory budget in bytes of all tasks together; None on a cluster, where each machine has its own."""
         return None if self.cluster is not None else self.memory
 
 
 def run_settings(options: Mapping[str, Any], cluster: Cluster | None = None) -> Settings:
-    """Return the settings that `merge`, `init` and `extract` share.
+    """Return the settings of a run of `merge`, `init` or `extract`.
 
     Args:
-        options: what was given by name; absent ones have their defaults.
-        cluster: what does the tasks, if not this machine.
+        options: the command's, by name; absent ones have their defaults.
+        cluster: what runs the tasks, if not this process.
 
     Raises:
-        UsageError: no worker, an unknown dtype, a size that is none.
+        UsageError: fewer than one worker, an unknown dtype, or a size that cannot be parsed.
     """
     workers, dtype = options.get("workers"), options.get("dtype")
     if workers is not None and workers < 1:

@@ -1,4 +1,4 @@
-"""Where the threads of a run compute: on a GPU each on a stream of its own, with products in full precision."""
+"""Devices, CUDA streams and precision of a run's threads: each has its own stream, and no product is in TF32."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _loading = threading.Lock()
 
 
 def devices_of(device: torch.device) -> list[torch.device]:
-    """Return what a run's threads share: all GPUs for 'cuda', the one that 'cuda:1' names, the CPU for 'cpu'."""
+    """Return the devices of a run: every GPU for 'cuda', one GPU for 'cuda:1', the CPU for 'cpu'."""
     if device.type == "cuda" and device.index is None:
         return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     return [device]
 
 
-def budget_bytes(device: torch.device | None, least: int) -> int:
-    """Return the memory that tasks may take together on a device: on a CPU the least that is always there."""
+def budget_bytes(device: torch.device | None, cpu_bytes: int) -> int:
+    """Return the bytes that tasks may take together on a device: 80 % of a GPU's free memory, `cpu_bytes` on a CPU."""
     if device is None or device.type != "cuda":
-        return least
+        return cpu_bytes
     torch.cuda.empty_cache()  # what an earlier run's streams left in torch's keeping is free, too
     free, _ = torch.cuda.mem_get_info(device)
     return int(_SHARE * free)
@@ -41,7 +41,7 @@ def _load_linear_algebra() -> None:
 
 @contextmanager
 def on_device(device: torch.device | None) -> Iterator[None]:
-    """Have this thread compute on a GPU, for which torch.device('cuda') then stands, on a new stream of it."""
+    """Make a GPU this thread's current CUDA device, with a new stream as its current one; nothing for a CPU."""
     if device is None or device.type != "cuda":
         yield
         return
@@ -51,7 +51,7 @@ def on_device(device: torch.device | None) -> Iterator[None]:
 
 
 def same_stream() -> Callable[[], AbstractContextManager[Any]]:
-    """Return what has other threads compute where this one does: on its GPU, in its stream's order."""
+    """Return a function that makes context managers in which another thread uses this thread's GPU and CUDA stream."""
     if not torch.cuda.is_initialized():
         return nullcontext
     stream = torch.cuda.current_stream()
@@ -60,7 +60,7 @@ def same_stream() -> Callable[[], AbstractContextManager[Any]]:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Have every task compute with one thread, and float32 products be that: no TF32 on a GPU, no bfloat16 on a CPU."""
+    """Compute with one thread a task, and float32 products in float32: no TF32 on a GPU, no bfloat16 on a CPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -93,13 +93,13 @@ def _float32_products() -> Iterator[None]:
 
 
 def free_cached() -> None:
-    """Give back what torch keeps of a GPU's memory after tensors are gone."""
+    """Release the GPU memory that torch's allocator caches; nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def on_cpu(do: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]] | None:
-    """Return a run's method as the method of the same run on the CPU; None where it runs there already."""
+    """Return a run's method bound to a copy of the run whose `device` is the CPU; None where it is the CPU already."""
     run = getattr(do, "__self__", None)
     if getattr(run, "device", None) in (None, torch.device("cpu")):
         return None

@@ -1,4 +1,4 @@
-"""Stores of tensors by key, through which tasks hand results on: in memory, or in files on a shared disk."""
+"""Tensor stores, through which tasks pass tensors to later tasks: in memory, or in files on a shared disk."""
 
 from __future__ import annotations
 
@@ -24,41 +24,52 @@ _WINDOWS = "windows"
 
 
 class TensorStore(Protocol):
-    """A store of named tensors under keys, which tasks of one run share."""
+    """Named tensors by key, shared by the tasks of one run.
+
+        store.put("hidden-0-3", {"hidden": hidden})
+        hidden = store.get("hidden-0-3")["hidden"]
+        store.drop("hidden-0-3")
+
+    `store_for` makes the one that an engine needs.
+    """
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors by name; those of an earlier task with the same key are replaced."""
+        """Store tensors by name under a key, replacing all that the key had. Nobody may change them afterwards."""
 
     def get(self, key: str, *names: str) -> dict[str, Tensor]:
-        """Return what is kept under a key, on any device: all of it, or the tensors of these names."""
+        """Return the tensors under a key, of these names or all, in the order of the names; on any device.
+
+        Raises:
+            LookupError: there is no such key or name; `FileStore` raises an InputError.
+        """
 
     def drop(self, key: str) -> None:
-        """Forget it, if it is there."""
+        """Remove a key and its tensors; nothing if it is absent."""
 
 
 class MemoryStore:
-    """For tasks of one process: the tensors themselves, which nobody may change."""
+    """A `TensorStore` for tasks of one process: a dict of the tensors themselves, without copies."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Tensor]] = {}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors; see `TensorStore`."""
+        """Store tensors; see `TensorStore`."""
         self._kept[key] = dict(tensors)
 
     def get(self, key: str, *names: str) -> dict[str, Tensor]:
-        """Return them; see `TensorStore`."""
+        """Return tensors; see `TensorStore`."""
         kept = self._kept[key]
         return {name: kept[name] for name in names or kept}
 
     def drop(self, key: str) -> None:
-        """Forget them; see `TensorStore`."""
+        """Remove a key; see `TensorStore`."""
         self._kept.pop(key, None)
 
 
 @dataclass(frozen=True)
 class FileStore:
-    """For tasks of several machines: a file a key.
+    """A `TensorStore` for tasks on several machines: one safetensors file a key, in a shared folder.
 
     Files stay until they are dropped, so that the task of a lost worker finds what it reads again; what it wrote is
     replaced as a whole.
@@ -67,17 +78,17 @@ class FileStore:
     folder: Path
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors; see `TensorStore`."""
+        """Write the key's file; see `TensorStore`."""
         specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
         write_file(self._file(key), specs, (tensor.contiguous() for tensor in tensors.values()))
 
     def get(self, key: str, *names: str) -> dict[str, Tensor]:
-        """Return them; see `TensorStore`."""
+        """Read tensors onto the CPU; see `TensorStore`."""
         with closing(Checkpoint.open(Source(key, self._file(key)))) as stored:
             return {name: stored.read(name) for name in names or stored.tensors}
 
     def drop(self, key: str) -> None:
-        """Forget them; see `TensorStore`."""
+        """Delete the key's file; see `TensorStore`."""
         self._file(key).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
@@ -85,7 +96,7 @@ class FileStore:
 
 
 def store_for(engine: Engine, output: Shards, windows: Windows) -> TensorStore:
-    """Return the store that an engine needs, with the calibration text in it so that no worker tokenises it again."""
+    """Return a tensor store that all of an engine's workers reach, with the calibration windows already in it."""
     store: TensorStore = MemoryStore() if isinstance(engine, Threads) else FileStore(output.scratch)
     parts = {"ids": windows.ids, "labels": windows.labels, "mask": windows.attention_mask, "counted": windows.counted}
     store.put(_WINDOWS, {name: part for name, part in parts.items() if part is not None})
@@ -93,6 +104,6 @@ def store_for(engine: Engine, output: Shards, windows: Windows) -> TensorStore:
 
 
 def get_windows(store: TensorStore) -> Windows:
-    """Return the calibration text."""
+    """Return the calibration windows that `store_for` stored, so that no worker tokenises the text again."""
     parts = store.get(_WINDOWS)
     return Windows(parts["ids"], parts["labels"], parts.get("mask"), "", "", parts.get("counted"))

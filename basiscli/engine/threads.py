@@ -1,4 +1,4 @@
-"""Tasks and what does them; here in threads of one machine, within a memory budget."""
+"""The local engine: runs tasks in threads of this process, within a memory budget for each device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,25 @@ if TYPE_CHECKING:
 
 
 def peak_workspace(workspaces: Sequence[int], workers: int, memory: int) -> int:
-    """Return the most memory that `Threads` lets tasks take together on a CPU."""
+    """Return the bytes that `Threads` lets tasks take together on a CPU, at most.
+
+    Args:
+        workspaces: bytes that each task needs.
+        workers: threads.
+        memory: the budget in bytes; one task may take more.
+    """
     largest = sorted(workspaces, reverse=True)[:workers]
     return min(sum(largest), max([memory, *largest[:1]]))
 
 
 @dataclass(frozen=True)
 class Threads:
-    """Does tasks in threads of this process, as many at a time as the memory of their devices allows.
+    """Runs tasks in threads of this process, as many at a time as the memory of their devices allows.
+
+        engine = Threads(workers=4, devices=[torch.device("cuda:0"), torch.device("cuda:1")])
+        tasks = [Task(name, size=nbytes, workspace=3 * nbytes, arguments=(name,)) for name, nbytes in sizes.items()]
+        engine.run_tasks(tasks, run.merge_tensor, journal.record, progress=Silent(), what="merging")
+
 
     Every thread is a pipeline of its own: it reads, copies, computes, copies back and writes. On a GPU each has a
     stream, so that one thread's copies run beside another's kernels while others read, hash and write; several GPUs
@@ -37,11 +48,11 @@ class Threads:
 
     workers: int
     devices: Sequence[torch.device] = ()
-    """What threads compute on, in turn; none for whatever the tasks themselves choose."""
+    """Thread n computes on device n modulo their number; without any, tasks choose their own."""
     memory: int = DEFAULT_MEMORY
-    """Bytes that tasks may take together on a CPU; on a GPU it is what is free there. One task may always take more."""
+    """Bytes that tasks may take together on a CPU; on a GPU 80 % of what is free. One task alone may take more."""
     notes: list[str] = field(default_factory=list)
-    """Where it is noted for the report what was done otherwise than planned."""
+    """The plan's notes for the report; tasks that ran out of memory and were run again are added."""
 
     def run_tasks(
         self,
@@ -52,10 +63,10 @@ class Threads:
         progress: Progress,
         what: str,
     ) -> None:
-        """Run tasks; see `Engine`.
+        """Run tasks and record each as it ends; see `Engine.run_tasks` for the arguments.
 
         A task that runs out of memory runs again when it is alone on its device, a batch one member after another, and
-        what does not fit a GPU alone is done on the CPU.
+        a task that does not fit a GPU alone runs on the CPU.
         """
         from basiscli.engine.batches import do_task
         from basiscli.engine.streams import budget_bytes, exact_arithmetic, on_device
@@ -63,20 +74,20 @@ class Threads:
         queue: Iterator[Task] = iter(largest_first(tasks))
         lock = threading.Lock()
         largest = max((task.workspace for task in tasks), default=0)
-        places: Sequence[torch.device | None] = self.devices or (None,)
-        budgets = [MemoryBudget(max(budget_bytes(place, self.memory), largest)) for place in places]
+        devices: Sequence[torch.device | None] = self.devices or (None,)
+        budgets = [MemoryBudget(max(budget_bytes(device, self.memory), largest)) for device in devices]
         failure: BaseException | None = None
 
         def take() -> Task | None:
             with lock:
                 return next(queue, None) if failure is None else None
 
-        def work(place: torch.device | None, budget: MemoryBudget) -> None:
+        def work(device: torch.device | None, budget: MemoryBudget) -> None:
             nonlocal failure
             try:
-                with on_device(place):
+                with on_device(device):
                     while (task := take()) is not None:
-                        with budget.share(task.workspace, lambda: failure is not None) as held:
+                        with budget.acquire(task.workspace, lambda: failure is not None) as held:
                             if not held:
                                 return
                             entries = _unless_out_of_memory(partial(do_task, do, task))
@@ -84,7 +95,7 @@ class Threads:
                             parts = task.members or (task,)
                             beside = f", with {len(parts) - 1} others in a batch," if task.members else ""
                             self._say(f"{task.key}{beside} ran out of memory and was done again, alone", progress)
-                            with budget.alone():
+                            with budget.exclusive():
                                 entries = {part.key: self._alone(do, part, progress) for part in parts}
                         for key, entry in entries.items():
                             record(key, entry)
@@ -99,7 +110,7 @@ class Threads:
             threads = [
                 threading.Thread(
                     target=work,
-                    args=(places[n % len(places)], budgets[n % len(budgets)]),
+                    args=(devices[n % len(devices)], budgets[n % len(budgets)]),
                     name=f"basis-{n}",
                     daemon=True,
                 )

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: models down, outputs up."""
+"""The Hugging Face Hub: downloads, headers without weights, uploads, errors."""

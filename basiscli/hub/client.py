@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: models down, outputs up.
+"""Downloads of models from the Hugging Face Hub, and uploads of outputs.
 
 Tokens, cache, endpoint and offline mode are left to huggingface_hub.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from basiscli.checkpoints.digests import file_digest
 from basiscli.checkpoints.source import is_hub_id
 from basiscli.errors import InputError, UsageError
-from basiscli.hub.errors import DamagedDownload, explained, retried
+from basiscli.hub.errors import DamagedDownload, translate_errors, with_retries
 from basiscli.progress import Progress
 from basiscli.version import __version__
 
@@ -35,47 +35,51 @@ _MAIN = "main"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push made."""
+    """The result of a push."""
 
     repo_id: str
     revision: str
-    """The branch."""
+    """The branch that was pushed to."""
     commit: str
+    """Its hash."""
     url: str
     """Of the pull request, or of the commit."""
     pull_request: bool
+    """Whether a pull request was opened."""
     removed: list[str]
-    """Weights of an earlier model that the same commit took away."""
+    """Files of an earlier model's weights that the same commit deleted."""
 
 
 def pull(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Download a model, or find it in the cache.
+    """Return the local folder of a model of the Hub and its commit, downloading what the cache lacks.
+
+        folder, commit = pull("org/name", "main")
 
     Args:
         repo_id: `org/name`.
-        revision: a branch, tag or commit; the default branch where none is given.
+        revision: a branch, tag or commit; None for the default branch.
 
     Returns:
-        The snapshot's folder and its commit.
+        The snapshot's folder, and its commit hash (None where the folder does not tell).
 
     Raises:
-        HubError: not found, gated, offline, rate limit, no connection, damaged bytes: each with what to do.
-        InputError: the repository holds no weights, or names a file outside of itself.
+        HubError: not found, gated, offline, rate limit, no connection, damaged bytes; each with a remedy.
+        InputError: the repository has no weights, or a file name that leads out of the folder.
     """
-    with explained(named(repo_id, revision), writing=False):
-        folder = retried(lambda: _download(repo_id, revision))
+    with translate_errors(model_spec(repo_id, revision), writing=False):
+        folder = with_retries(lambda: _download(repo_id, revision))
     # huggingface_hub names a snapshot's folder by its commit.
     commit = folder.name if folder.parent.name == "snapshots" else None
     return folder, commit
 
 
-def named(repo_id: str, revision: str | None) -> str:
-    """Return what a user calls a model."""
+def model_spec(repo_id: str, revision: str | None) -> str:
+    """Return `org/name`, or `org/name@revision`."""
     return f"{repo_id}@{revision}" if revision else repo_id
 
 
 def weights_among(names: Iterable[str]) -> list[str]:
-    """Return the weights that a pull would take, of the files of a model."""
+    """Return those of a repository's file names that `pull` would download as weights; empty where there are none."""
     from huggingface_hub.utils import filter_repo_objects
 
     top = [name for name in names if "/" not in name]
@@ -84,10 +88,10 @@ def weights_among(names: Iterable[str]) -> list[str]:
 
 
 def fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Download files of a model, or find them in the cache, and return the snapshot's folder.
+    """Return the snapshot folder of a model with the files that match glob patterns, downloading what the cache lacks.
 
     Raises:
-        DamagedDownload: a file has other bytes than the Hub says; it is gone from the cache then.
+        DamagedDownload: a file does not have the digest that the Hub gives; it is then removed from the cache.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -99,7 +103,7 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def in_cache(repo_id: str, revision: str | None) -> Path | None:
-    """Return the folder of a model that was downloaded before, without asking the Hub; None where there is none."""
+    """Return the cached snapshot folder of a model with its weights, without a request; None if it is not cached."""
     from huggingface_hub import errors, snapshot_download
 
     for weights in _WEIGHTS:
@@ -115,7 +119,7 @@ def in_cache(repo_id: str, revision: str | None) -> Path | None:
 
 
 def no_weights(repo_id: str) -> InputError:
-    """Return the error for a model that is none."""
+    """Return the error for a repository without weights."""
     return InputError(f"{repo_id} holds no weights (.safetensors, .bin or .gguf)", remedy="give another model")
 
 
@@ -159,17 +163,17 @@ def _fits(file: Path, etag: str) -> bool:
 
 
 def check_login(repo_id: str) -> None:
-    """Find out before long work whether its result could be pushed at all.
+    """Check that the token can push, before long work whose result is to be pushed.
 
     Raises:
-        HubError: nobody is logged in, the token is not valid, or the Hub cannot be reached.
+        HubError: no token, an invalid one, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
 
-    with explained(repo_id, writing=True):
+    with translate_errors(repo_id, writing=True):
         # A token of a trusted publisher (CI without a stored token) belongs to a repository, not to somebody.
         if not (os.environ.get("HF_OIDC_RESOURCE") and get_token()):
-            retried(lambda: HfApi().whoami())
+            with_retries(lambda: HfApi().whoami())
 
 
 def upload(
@@ -182,36 +186,36 @@ def upload(
     message: str,
     progress: Progress,
 ) -> Pushed:
-    """Put files into a model of the Hub, all in one commit.
+    """Upload files to a model repository of the Hub in one commit, and return it.
 
-    Large files go first, one after the other; what the Hub has already is not sent again, so that an interrupted push
-    goes on where it stopped. Only the commit, which comes last, makes them visible.
+    Large files are uploaded first, one after the other; those that the Hub has already are skipped, so that an
+    interrupted push resumes. Only the commit, which comes last, makes them visible.
 
     Args:
-        files: what to push, by its name in the repository.
-        repo_id: `org/name`; it is made where it does not exist.
-        private: make it private.
+        files: local files by their names in the repository.
+        repo_id: `org/name`; created if it does not exist.
+        private: create it as private.
         create_pr: open a pull request instead of committing to the branch.
-        revision: the branch; it is made where it does not exist.
+        revision: the branch; created if it does not exist.
         message: of the commit.
-        progress: what to tell how far the work is.
+        progress: the display; counts bytes.
 
     Raises:
-        HubError: the Hub or the network says no.
-        UsageError: it shall be private and exists in public.
+        HubError: the Hub refuses, or the network fails.
+        UsageError: `private` is set and the repository is public.
     """
     from huggingface_hub import HfApi
 
     target = repo_id if revision == _MAIN else f"{repo_id}@{revision}"
     api = HfApi(library_name="basiscli", library_version=__version__)
-    with explained(target, writing=True):
-        retried(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-        if private and not retried(lambda: api.model_info(repo_id)).private:
+    with translate_errors(target, writing=True):
+        with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+        if private and not with_retries(lambda: api.model_info(repo_id)).private:
             raise UsageError(
                 f"{repo_id} exists and is public", remedy="make it private in its settings, or leave out --private"
             )
         if revision != _MAIN and not revision.startswith("refs/"):
-            retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+            with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         return _commit(api, files, repo_id, create_pr=create_pr, revision=revision, message=message, progress=progress)
 
 
@@ -253,16 +257,16 @@ def _commit(
 
     try:
         # A pull request whose answer was lost cannot be told from one that was not opened: it is not tried again.
-        return attempt() if create_pr else retried(attempt)
+        return attempt() if create_pr else with_retries(attempt)
     finally:
         progress.stop()
 
 
 def parse_target(target: str, revision: str | None = None, *, create_pr: bool = False) -> tuple[str, str]:
-    """Return the Hub id and the branch of `org/name` or `org/name@branch`.
+    """Return (Hub id, branch) of `org/name` or `org/name@branch`; the branch is `main` by default.
 
     Raises:
-        UsageError: it is neither, there are two branches, or a pull request against another branch than main.
+        UsageError: it is neither, `revision` is a second branch, or a pull request is against another than main.
     """
     repo_id, at, named = target.partition("@")
     if not is_hub_id(target):

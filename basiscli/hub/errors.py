@@ -1,4 +1,4 @@
-"""What the Hub and the network answer when they say no: what to try again, and what to tell people.
+"""Errors of the Hub and the network: which requests are tried again, and messages with remedies.
 
 huggingface_hub tries some requests again by itself (uploads, lists, downloads) and others not (commits, model info).
 """
@@ -27,11 +27,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class DamagedDownload(Exception):
-    """A file whose bytes are not those that the Hub names."""
+    """Raised for a downloaded file that does not have the digest that the Hub gives."""
 
 
-def retried(act: Callable[[], T]) -> T:
-    """Do something that may be done twice, and again where the Hub or the network failed for the moment."""
+def with_retries(act: Callable[[], T]) -> T:
+    """Call a function and return its result, up to twice more after transient errors of the Hub or the network.
+
+    The pauses are `PAUSES`, or as long as the Hub asks for, up to 300 seconds.
+    """
     for pause in PAUSES:
         try:
             return act()
@@ -39,18 +42,18 @@ def retried(act: Callable[[], T]) -> T:
             wait = _wait(error, pause)
             if wait is None:
                 raise
-            _LOG.warning("%s: trying again in %.0f s", harmless(_first_line(_cause(error))), wait)
+            _LOG.warning("%s: trying again in %.0f s", redacted(_first_line(_cause(error))), wait)
             time.sleep(wait)
     return act()
 
 
 @contextmanager
-def explained(what: str, *, writing: bool) -> Iterator[None]:
-    """Turn what huggingface_hub raises into our errors, without secrets, and give up on a silent connection.
+def translate_errors(what: str, *, writing: bool) -> Iterator[None]:
+    """Turn errors of huggingface_hub in the block into `HubError`s without secrets, and time out silent connections.
 
     Args:
-        what: the model, as it was named.
-        writing: whether it is pushed to, not pulled from.
+        what: the model for the message: `org/name@revision`.
+        writing: whether the block uploads.
     """
     from huggingface_hub import get_session
 
@@ -71,8 +74,8 @@ def explained(what: str, *, writing: bool) -> Iterator[None]:
         session.timeout = before
 
 
-def harmless(text: str) -> str:
-    """Return text without the token and without the signatures of upload addresses."""
+def redacted(text: str) -> str:
+    """Return text with the token and the query strings of URLs (signatures) removed."""
     from huggingface_hub import get_token
 
     try:
@@ -88,7 +91,7 @@ class _Harmless(logging.Filter):
     """Cleans what huggingface_hub logs: it names the addresses that it tries again."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = harmless(record.getMessage()), ()
+        record.msg, record.args = redacted(record.getMessage()), ()
         return True
 
 
@@ -166,11 +169,11 @@ def _ours(error: Exception, what: str, *, writing: bool) -> BasisError | None:
         )
     if isinstance(cause, errors.HTTPError):
         return HubError(
-            f"the connection to the Hub was lost ({harmless(_first_line(cause))}): {what}",
+            f"the connection to the Hub was lost ({redacted(_first_line(cause))}): {what}",
             remedy="check the network and try again" + ("; what is there already is not sent again" if writing else ""),
         )
     if isinstance(cause, ValueError) and not writing:  # a file name that leads out of the folder, most of all
-        return InputError(f"{what} is refused: {harmless(_first_line(cause))}", remedy="do not use this model")
+        return InputError(f"{what} is refused: {redacted(_first_line(cause))}", remedy="do not use this model")
     if writing and "xet-write-token" in str(cause):
         return HubError(
             f"could not push to {what}: this Hub gives no access to Xet storage",
@@ -179,7 +182,7 @@ def _ours(error: Exception, what: str, *, writing: bool) -> BasisError | None:
     by_library = type(cause).__module__.startswith(("huggingface_hub", "hf_xet"))
     if isinstance(cause, OSError) or by_library or (writing and isinstance(cause, (ValueError, RuntimeError))):
         return HubError(
-            f"could not {'push to' if writing else 'get'} {what}: {harmless(_first_line(cause))}",
+            f"could not {'push to' if writing else 'get'} {what}: {redacted(_first_line(cause))}",
             remedy="check the network and the disk, and try again",
         )
     return None
@@ -188,7 +191,7 @@ def _ours(error: Exception, what: str, *, writing: bool) -> BasisError | None:
 def _refused(what: str, error: HfHubHTTPError, *, writing: bool) -> HubError:
     """Return the error for an answer that says no, with what helps against that status."""
     status = error.response.status_code
-    words = harmless(_first_line(error.server_message)) if writing and error.server_message else ""
+    words = redacted(_first_line(error.server_message)) if writing and error.server_message else ""
     remedies = {
         401: "log in again with `hf auth login`: the token is not valid",
         403: f"log in with `hf auth login` as somebody who may {'write to' if writing else 'read'} it",

@@ -1,4 +1,4 @@
-"""Models of the Hub by their headers alone: what `--dry-run` and `basis inspect` look at, without the weights.
+"""Headers of a Hub model's weights without their data, for `--dry-run` and `basis inspect`.
 
 huggingface_hub reads headers as well (`get_safetensors_metadata`), but keeps only what it parsed, and takes in whole
 files from servers that do not know ranges. Here the headers' bytes are kept, and `read_header` judges them.
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from basiscli.checkpoints.cache import cache_folder, made_once
+from basiscli.checkpoints.cache import cache_folder, cached
 from basiscli.checkpoints.files import ADAPTER_CONFIG, INDEX_FILE, REPORT
 from basiscli.checkpoints.header import MAX_HEADER_BYTES, header_end, read_header
 from basiscli.checkpoints.kv_file import CONFIG_FILE
 from basiscli.errors import HubError, InputError
-from basiscli.hub.client import BESIDE_WEIGHTS, fetch, in_cache, named, no_weights, pull, weights_among
-from basiscli.hub.errors import explained, retried
+from basiscli.hub.client import BESIDE_WEIGHTS, fetch, in_cache, model_spec, no_weights, pull, weights_among
+from basiscli.hub.errors import translate_errors, with_retries
 from basiscli.version import __version__
 
 _BESIDE = ["config.json", ADAPTER_CONFIG, INDEX_FILE, CONFIG_FILE, REPORT, "README.md"]  # what plans read
@@ -29,32 +29,32 @@ _AT_A_TIME = 8
 
 
 def pull_headers(repo_id: str, revision: str | None, *, tokenizer: bool = False) -> tuple[Path, str | None, bool]:
-    """Fetch a model without its weights' data, or find it in the cache; a model that is here whole stays whole.
+    """Return a local folder of a Hub model with only the headers of its weights, or the whole model if it is cached.
 
-    The headers are kept by commit, so that a second call asks the Hub for nothing but the commit of the revision.
+    Headers are cached by commit, so that a second call only asks the Hub for the revision's commit.
 
     Args:
         repo_id: `org/name`.
-        revision: a branch, tag or commit; the default branch where none is given.
-        tokenizer: also fetch the tokenizer and whatever else lies beside the weights.
+        revision: a branch, tag or commit; None for the default branch.
+        tokenizer: also fetch the tokenizer and the other files beside the weights.
 
     Returns:
-        A folder, its commit, and whether the weights are in it; else its shards end where their data would begin.
+        The folder, its commit, and whether it has the weights' data; else its shards end after the header.
 
     Raises:
-        HubError: as for `hub.pull`.
-        InputError: no safetensors, a header that lies, or a repository that is refused.
+        HubError: as for `hub.client.pull`.
+        InputError: the repository has no safetensors, or an inconsistent header.
     """
     from huggingface_hub import errors, try_to_load_from_cache
 
-    with explained(named(repo_id, revision), writing=False):
+    with translate_errors(model_spec(repo_id, revision), writing=False):
         try:
             commit, names = _listing(repo_id, revision)
         except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
             here = None if isinstance(error, errors.RevisionNotFoundError) else _kept(repo_id, revision, tokenizer)
             if here is not None:
                 return here
-            commit, names = retried(lambda: _listing(repo_id, revision))
+            commit, names = with_retries(lambda: _listing(repo_id, revision))
         weights = weights_among(names)
         if not weights:
             raise no_weights(repo_id)
@@ -67,7 +67,7 @@ def pull_headers(repo_id: str, revision: str | None, *, tokenizer: bool = False)
             )
         beside = BESIDE_WEIGHTS if tokenizer else _BESIDE
         place = _place(repo_id, commit, tokenizer)
-        folder = made_once(place, lambda out: _fill(out, repo_id, commit, beside, weights))
+        folder = cached(place, lambda out: _fill(out, repo_id, commit, beside, weights))
     return folder, commit, False
 
 
@@ -104,7 +104,7 @@ def _place(repo_id: str, commit: str, tokenizer: bool) -> Path:
 
 def _fill(folder: Path, repo_id: str, commit: str, beside: Sequence[str], weights: Sequence[str]) -> None:
     """Put what lies beside a model's weights into a folder, and the weights up to where their data begins."""
-    snapshot = retried(lambda: fetch(repo_id, commit, beside))
+    snapshot = with_retries(lambda: fetch(repo_id, commit, beside))
     for file in {file for pattern in beside for file in snapshot.glob(pattern)}:
         shutil.copyfile(file, folder / file.name)
     pool = ThreadPoolExecutor(_AT_A_TIME)
@@ -123,12 +123,12 @@ def _fetch_header(repo_id: str, commit: str, name: str, file: Path) -> None:
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(repo_id, name, revision=commit)
-    whole = retried(lambda: _beginning(url, _FIRST, file))
+    whole = with_retries(lambda: _beginning(url, _FIRST, file))
     if file.stat().st_size >= 8:
         with file.open("rb") as stream:
             end = header_end(stream.read(8))
         if _FIRST < end <= 8 + MAX_HEADER_BYTES:
-            whole = retried(lambda: _beginning(url, end, file))
+            whole = with_retries(lambda: _beginning(url, end, file))
         os.truncate(file, min(end, file.stat().st_size))
     try:
         read_header(file, headers_only=True, whole=whole)

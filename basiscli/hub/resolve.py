@@ -1,4 +1,4 @@
-"""From what a user writes to what is on disk: a folder, a weights file, or a model of the Hub."""
+"""Finding a model that a user names: a folder, a weights file, or a Hub id."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from basiscli.errors import HubError, InputError
 
 
 def resolve(spec: str, *, headers_only: bool = False, tokenizer: bool = False) -> Source:
-    """Find a model: an existing path first, else a model of the Hub (downloaded, or from its cache).
+    """Return the local files of a model: an existing path, else a Hub id, which is downloaded or found in the cache.
+
+        Checkpoint.open(resolve("org/name@main"))
+        Checkpoint.open(resolve("~/models/merged"))
 
     Args:
-        spec: what a user writes.
-        headers_only: of a model of the Hub that is not here, fetch the headers of its weights alone; on disk, take
-            folders of such headers, too.
-        tokenizer: with the headers of a model of the Hub, fetch its tokenizer.
+        spec: a folder, a weights file, or `org/name` with an optional `@revision`.
+        headers_only: fetch only the headers of the weights of a Hub model that is not cached; accept local folders
+            of such headers, too.
+        tokenizer: with `headers_only`, fetch the tokenizer as well.
 
     Raises:
-        InputError: if there is no such path and the words are no Hub id.
-        HubError: if the Hub does not give it.
+        InputError: neither an existing path nor a Hub id.
+        HubError: the Hub does not have it, or cannot be reached.
     """
     try:
         path = Path(spec).expanduser()
@@ -45,7 +48,16 @@ def resolve(spec: str, *, headers_only: bool = False, tokenizer: bool = False) -
 
 
 def resolve_base(named: str, namer: Source, *, headers_only: bool = False) -> Source:
-    """Find the base that an input names; a relative path counts from the input's folder, too."""
+    """Return the base model that an input names; a relative path is tried from the input's folder as well.
+
+    Args:
+        named: a path or Hub id, from the input's adapter_config.json or model card.
+        namer: the input.
+        headers_only: as for `resolve`.
+
+    Raises:
+        InputError, HubError: as for `resolve`, with the input in the message.
+    """
     beside = (namer.folder / named).resolve()
     is_path = Path(named).exists()
     if not is_path and beside.is_dir():

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: no files, no devices chosen, no console."""
+"""Linear algebra on torch tensors: pure functions, without files, devices or models."""

@@ -1,4 +1,7 @@
-"""Adding up task vectors: plainly, or with an election of signs (Yadav et al., 'TIES-Merging', arXiv 2306.01708)."""
+"""Sums of task vectors: weighted, or with sign election (Yadav et al., 'TIES-Merging', arXiv 2306.01708).
+
+All tensors of a call have one shape and dtype.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _NOTHING = 1e-8  # a sum of weights below this divides nothing
 
 
 def weighted_sum(task_vectors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
-    """Return Σ wᵢ Tᵢ, divided by Σ wᵢ if wanted. The first task vector is used up."""
+    """Return Σ wᵢ Tᵢ, with `normalize` divided by Σ wᵢ unless that is near zero. Overwrites the first task vector."""
     total = task_vectors[0].mul_(weights[0])
     for task_vector, weight in zip(task_vectors[1:], weights[1:], strict=True):
         total.add_(task_vector, alpha=weight)
@@ -20,10 +23,10 @@ def weighted_sum(task_vectors: Sequence[Tensor], weights: Sequence[float], *, no
 
 
 def elected_sum(task_vectors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
-    """Return the sum of those wᵢ Tᵢ whose sign, element by element, is that of the sum of all.
+    """Return, element by element, the sum of those wᵢ Tᵢ whose sign is that of Σ wᵢ Tᵢ.
 
     With `normalize`, each element is divided by the weights of the models that it was summed over (the disjoint mean).
-    The task vectors are used up.
+    Overwrites the task vectors.
     """
     weighted = [t.mul_(w) if w != 1 else t for t, w in zip(task_vectors, weights, strict=True)]
     majority = keep_majority(weighted)
@@ -41,7 +44,7 @@ def elected_sum(task_vectors: Sequence[Tensor], weights: Sequence[float], *, nor
 def keep_majority(task_vectors: Sequence[Tensor]) -> Tensor:
     """Return the elected sign (±1) of each element: that of the sum, + where it is zero.
 
-    The task vectors become, in place, their magnitudes where they have that sign and zero elsewhere.
+    Overwrites each task vector by its magnitudes where it has that sign, and by zero elsewhere.
     """
     majority = sum_of(task_vectors).ge_(0).mul_(2).sub_(1)
     for task_vector in task_vectors:
@@ -50,7 +53,7 @@ def keep_majority(task_vectors: Sequence[Tensor]) -> Tensor:
 
 
 def elected_weights(kept: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return for each element the sum of the weights of the models that were kept there."""
+    """Return for each element the sum of the weights of those tensors of `keep_majority` that are not zero there."""
     divisor = torch.zeros_like(kept[0])
     for task_vector, weight in zip(kept, weights, strict=True):
         divisor.add_(task_vector.sign(), alpha=weight)

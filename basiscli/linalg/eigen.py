@@ -1,11 +1,11 @@
-"""Eigenvectors of symmetric matrices: those that several threads want at the same time, as one batch.
+"""Eigendecompositions of symmetric matrices, those of several threads in one batch.
 
 A GPU is several times faster with a dozen matrices of a few hundred rows at once than with one after another (torch
-from 2.12 on, whose `eigh` is cuSOLVER's batched one). Threads that go in step wait for each other where they want
-eigenvectors, so that what a task does with a matrix is written as if there were no other.
+from 2.12 on, whose `eigh` is cuSOLVER's batched one). Threads in lockstep wait for each other at every call of `eigh`,
+so that the code of a task is written as if its matrix were the only one.
 
 Batched decompositions of GPUs have been wrong without saying so (pytorch issues 94772, 105359 and 192483; cupy issue
-4847). What a GPU returns is therefore tried on a few vectors, and where it does not hold the CPU's is taken.
+4847). A GPU's result is therefore checked on a few random vectors, and replaced by the CPU's where it is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROBES = 4
 
 
 class _Here(threading.local):
-    """What a thread that goes in step with others decomposes with."""
+    """Replaces `eigh` in a thread that is in lockstep with others."""
 
     eigh: Callable[[Tensor], Decomposition] | None = None
 
@@ -33,10 +33,13 @@ _here = _Here()
 
 
 def eigh(matrix: Tensor) -> Decomposition:
-    """Decompose a symmetric matrix [..., n, n], of which the lower triangle is read.
+    """Return the eigendecomposition of symmetric matrices [..., n, n], of which the lower triangle is read.
+
+    Inside `Lockstep.member` the matrices of all members are decomposed as one batch; otherwise as `torch.linalg.eigh`,
+    with a check of a GPU's result.
 
     Returns:
-        Eigenvalues [..., n], the smallest first, and eigenvectors [..., n, n], one a column.
+        Eigenvalues [..., n], the smallest first, and eigenvectors [..., n, n], one per column.
     """
     return _decomposed(matrix) if _here.eigh is None else _here.eigh(matrix)
 
@@ -75,57 +78,63 @@ def _holds(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
     return bool((solved & orthogonal).all())
 
 
-class GivenUp(Exception):
-    """Another thread of the same step failed."""
+class Aborted(Exception):
+    """Raised in `eigh` when another thread of the same `Lockstep` failed."""
 
 
-class Step:
-    """Threads that go in step: each wait at `eigh` ends when all that still run have come to one.
+class Lockstep:
+    """Threads whose calls of `eigh` wait for each other, until every thread that still runs has called it.
 
-    The matrices of equal shape and dtype that were brought there are one batch, in the order of the threads' numbers.
-    So which go together depends on what the threads do and never on how fast they are.
+    Matrices of equal shape and dtype are then decomposed as one batch, in the order of the threads' indices. So which
+    matrices are in a batch depends on what the threads do and never on how fast they are.
+
+        lockstep = Lockstep(2)
+
+        def work(index: int) -> None:  # runs in a thread of its own
+            with lockstep.member(index):
+                values, vectors = eigh(matrices[index])
     """
 
     def __init__(self, members: int) -> None:
         self._running = set(range(members))
         self._wanted: dict[int, Tensor] = {}
         self._found: dict[int, Decomposition] = {}
-        self._given_up = False
+        self._aborted = False
         self._changed = threading.Condition()
 
     @contextmanager
-    def member(self, number: int) -> Iterator[None]:
-        """Have this thread be one of them; an error ends the others where they wait next, by `GivenUp`."""
-        _here.eigh = lambda matrix: self._eigh(number, matrix)
+    def member(self, index: int) -> Iterator[None]:
+        """Make this thread the member of an index from 0; an error in it raises `Aborted` in the others' `eigh`."""
+        _here.eigh = lambda matrix: self._eigh(index, matrix)
         try:
             yield
         except BaseException:
-            self.give_up()
+            self.abort()
             raise
         finally:
             _here.eigh = None
             with self._changed:
-                self._running.discard(number)
+                self._running.discard(index)
                 self._go_on()
 
-    def give_up(self) -> None:
-        """End all threads where they wait, or wait next."""
+    def abort(self) -> None:
+        """Raise `Aborted` in all members, where they wait or at their next `eigh`."""
         with self._changed:
-            self._given_up = True
+            self._aborted = True
             self._changed.notify_all()
 
     def _eigh(self, number: int, matrix: Tensor) -> Decomposition:
         with self._changed:
             self._wanted[number] = matrix
             self._go_on()
-            self._changed.wait_for(lambda: self._given_up or number in self._found)
+            self._changed.wait_for(lambda: self._aborted or number in self._found)
             if number not in self._found:
-                raise GivenUp
+                raise Aborted
             return self._found.pop(number)
 
     def _go_on(self) -> None:
         """Decompose what is wanted if nobody is missing."""
-        if self._given_up or not self._wanted or self._wanted.keys() != self._running:
+        if self._aborted or not self._wanted or self._wanted.keys() != self._running:
             return
         alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
         for number in sorted(self._wanted):
@@ -136,7 +145,7 @@ class Step:
                 values, vectors = _decomposed(torch.stack([self._wanted.pop(number) for number in numbers]))
                 self._found |= {number: (values[at], vectors[at]) for at, number in enumerate(numbers)}
         except BaseException:  # this thread's to tell; the others wait for what will not come
-            self._given_up = True
+            self._aborted = True
             raise
         finally:
             self._changed.notify_all()

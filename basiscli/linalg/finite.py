@@ -1,4 +1,4 @@
-"""Whether values are finite."""
+"""A fast check for NaN and Inf."""
 
 from __future__ import annotations
 

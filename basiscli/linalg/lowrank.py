@@ -1,4 +1,4 @@
-"""Matrices kept as a product of two thin factors, as a LoRA adapter is."""
+"""Low-rank matrices as a product of two factors, as in LoRA, with sums, norms and SVD that never form the product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _BLOCKS_TOGETHER = {"cuda": 64}
 
 @dataclass(frozen=True)
 class LowRank:
-    """The tensor `(b @ a).reshape(shape)`; b is (m, k) and a is (k, n).
+    """The tensor `(b @ a).reshape(shape)`, with b [m, k] and a [k, n].
+
+        update = LowRank(lora_b * scaling, lora_a, weight.shape)
+        (update + other).svd()  # of rank k + other's k, in O((m + n) k²)
 
     `shape` differs from (m, n) for convolutions only, whose kernel dimensions are flattened into n.
     """
@@ -26,20 +29,20 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """The inner dimension k, an upper bound of the rank."""
+        """The inner dimension k, which the matrix's rank is at most."""
         return self.b.shape[1]
 
     def dense(self, rows: slice | None = None) -> Tensor:
-        """Return the tensor itself, or rows of its first dimension."""
+        """Return the dense tensor of `shape`, or a slice of its first dimension."""
         b = self.b if rows is None else self.b[rows]
         return (b @ self.a).reshape(b.shape[0], *self.shape[1:])
 
     def scaled(self, factor: float) -> LowRank:
-        """Return the tensor times a number."""
+        """Return the tensor times a factor, in the same form."""
         return LowRank(self.b * factor, self.a, self.shape)
 
     def to(self, device: torch.device | str) -> LowRank:
-        """Return the tensor on a device."""
+        """Return the tensor with both factors on a device."""
         return LowRank(self.b.to(device), self.a.to(device), self.shape)
 
     @overload
@@ -55,9 +58,9 @@ class LowRank:
         return other + self.dense()
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the thin SVD (u, sigma, vh) in float64 without forming the product.
+        """Return the thin SVD U [m, k], σ [k], Vᵀ [k, n] in float64, without forming the product.
 
-        Two thin QR decompositions and the SVD of a k×k core. Directions that are rounding noise are left out.
+        Two thin QR decompositions and the SVD of a k×k core. Singular values at rounding level are left out.
         """
         q_b, r_b = torch.linalg.qr(self.b.double())
         q_a, r_a = torch.linalg.qr(self.a.double().mT)
@@ -71,7 +74,7 @@ class LowRank:
 def inner(x: Tensor | LowRank, y: Tensor | LowRank) -> float:
     """Return the Frobenius inner product ⟨x, y⟩, accumulated in float64.
 
-    Two products of factors cost O((m + n)·k²); a dense tensor is taken in blocks.
+    For two `LowRank` it costs O((m + n)·k²); dense tensors are multiplied in blocks.
     """
     if isinstance(x, LowRank) and isinstance(y, LowRank):
         core = (x.b.double().mT @ y.b.double()) * (x.a.double() @ y.a.double().mT)
@@ -83,7 +86,7 @@ def inner(x: Tensor | LowRank, y: Tensor | LowRank) -> float:
 
 
 def gram(vectors: list[Tensor], block: int = 1 << 16, *, origin: Tensor | None = None) -> Tensor:
-    """Return the k×k matrix of inner products of k flat vectors (of their differences from an origin), in float64.
+    """Return the inner products of k flat vectors, or of their differences from an origin, as float64 [k, k].
 
     Products are taken in the vectors' own dtype a block at a time and the blocks summed in float64: as fast as float32,
     with an error that does not grow with the length.

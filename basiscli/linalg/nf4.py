@@ -1,4 +1,4 @@
-"""NF4, the 4-bit format of QLoRA: what a weight becomes in it, and starts of adapters that take up what it loses."""
+"""NF4, the 4-bit format of QLoRA: rounding of weights, and adapter initialisation that absorbs its error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ Start = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def nf4_rounded(weight: Tensor) -> Tensor:
-    """Quantise to NF4 and back (Dettmers et al. 2023, arXiv 2305.14314, appendix E): what a 4-bit load computes with.
+    """Return a weight quantised to NF4 and dequantised, as a 4-bit load computes with it.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314, appendix E.
 
     As bitsandbytes does it, bit for bit, without double quantisation: 64 consecutive elements of the row-major weight,
     across rows if need be, share their largest magnitude as float32; divided by it, each goes to the nearest of the 16
@@ -65,9 +67,9 @@ def _nearest_levels(blocks: Tensor) -> Tensor:
 
 
 def quantised_start(weight: Tensor, start: Start, *, rounds: int) -> tuple[Tensor, Tensor]:
-    """Start an adapter whose base W − BA will be loaded in NF4 (QPiSSA: Meng et al., arXiv 2404.02948).
+    """Return B, A of an adapter whose base W − BA will be loaded in NF4 (QPiSSA: Meng et al., arXiv 2404.02948).
 
-    Round one is the start of W. Each further round is the start of what the quantised base lacks of W:
+    The first round is start(W). Each further round adds what the quantised base lacks of W:
 
         (B, A) = start(W − nf4(W − B A))
 
@@ -75,11 +77,11 @@ def quantised_start(weight: Tensor, start: Start, *, rounds: int) -> tuple[Tenso
     away: the error ‖W − nf4(W − BA) − BA‖ falls from round to round. A start that takes a minor part (milora) must
     have one round only: there is nothing minor left in the second but the rounding's noise, which it would take.
 
-    Scaling and storage are the caller's, as for any start: what they round moves into W − BA and is quantised with it.
+    Scaling and storage are the caller's: what they round moves into W − BA and is quantised with it.
 
     Args:
         weight: W [m, n], float32.
-        start: called once a round.
+        start: returns (B, A) for a matrix, such as its principal singular vectors; called once a round.
         rounds: T, at least 1; the paper takes 5.
 
     Returns:

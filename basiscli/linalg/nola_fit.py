@@ -1,4 +1,4 @@
-"""Coefficients of random bases whose product comes nearest to a given low-rank update, by alternating least squares."""
+"""Fit of NOLA coefficients to a given low-rank update, by alternating least squares."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _ENOUGH = 1e-3  # a round that gains less of the whole is the last
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients of A and of B, and what they hold of the target."""
+    """Fitted coefficients, and the share of the target that they explain."""
 
     a: Tensor
+    """Coefficients of A's bases [k]."""
     b: Tensor
+    """Coefficients of B's bases [k]."""
     share: float
     """1 − ‖s B A − T‖² / ‖T‖² in the norm of the metric."""
 
@@ -34,17 +36,17 @@ def fit(
     *,
     noise: float = 1e-6,
 ) -> Fit:
-    """Minimise tr (s B A − T) C (s B A − T)ᵀ over the coefficients of A = Σ aᵢAᵢ and B = Σ bⱼBⱼ.
+    """Return the coefficients of A = Σ aᵢAᵢ and B = Σ bⱼBⱼ that minimise tr (s B A − T) C (s B A − T)ᵀ.
 
     With C the second moments x xᵀ of the inputs it is the squared error of the output s B A x; without, that of the
-    matrix. Either factor given, the other's coefficients solve a linear least-squares problem of k unknowns; the two
-    take turns until a round gains less than 10⁻³. All bases of the module are there at once: 4·k·r·(2·in + out) bytes.
+    matrix. With one factor fixed, the other's coefficients solve a linear least-squares problem of k unknowns; the two
+    take turns until a round gains less than 10⁻³. Memory is 4·k·r·(2·in + out) bytes, for all bases of the module.
 
     Args:
-        target: T, [out, in].
+        target: T [out, in].
         bases_a: of A [r, in].
         bases_b: of B [out, r].
-        scaling: s.
+        scaling: s, the adapter's α/r.
         metric: C, symmetric positive semidefinite [in, in]; None for the identity.
         noise: variance of the error that storage adds to coefficients of variance 1. Its expected effect is minimised
             with the rest, which is a ridge of `noise` times the mean diagonal: bases that nearly span a factor are
@@ -75,11 +77,11 @@ def fit(
     # ΔW does not depend on how the two share its size; training does.
     size = a.square().mean().sqrt().clamp_min(1e-30)
     product = LowRank(scaling * big_b, (a @ all_a).view(rank, wide), target.shape)
-    return Fit(a / size, b * size, share_held(target, product, metric)[0])
+    return Fit(a / size, b * size, explained_share(target, product, metric)[0])
 
 
-def share_held(target: LowRank, product: LowRank, metric: Tensor | None) -> tuple[float, float]:
-    """Return 1 − ‖product − T‖² / ‖T‖² in the norm of the metric, and ‖T‖ in it; from the factors alone."""
+def explained_share(target: LowRank, product: LowRank, metric: Tensor | None) -> tuple[float, float]:
+    """Return 1 − ‖product − T‖² / ‖T‖² and ‖T‖, in the norm of the metric [in, in] (None: Frobenius)."""
 
     def inner(x: LowRank, y: LowRank) -> float:
         weighted = x.a if metric is None else x.a @ metric

@@ -1,4 +1,4 @@
-"""Orthogonal matrices: the Cayley map, and how far a matrix is from being orthogonal."""
+"""Orthogonal matrices: Cayley map, polar factor, principal axes, and axes that preserve products."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def nearest_orthogonal(bases: Tensor) -> Tensor:
 
 
 def principal_axes(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the axes and the energies of second moments [..., d, d], the strongest first.
+    """Return eigenvectors and eigenvalues of second moments [..., d, d], the largest first.
 
     Returns:
-        Orthogonal U [..., d, d] with one axis a column, and the energy of each [..., d], both float64.
+        Orthogonal U [..., d, d] with one axis per column, and the energy (eigenvalue) of each [..., d], both float64.
     """
     energy, axes = eigh(moments.double())
     return signed(axes.flip(-1)), energy.flip(-1).clamp_min(0)
@@ -53,17 +53,17 @@ def signed(axes: Tensor) -> Tensor:
 
 
 def least_product_error(own: Tensor, other: Tensor, start: Tensor, steps: int = 300) -> Tensor:
-    """Turn axes so that cutting them changes the products x·y least, at every rank at once.
+    """Return axes whose truncation at any rank changes the products x·y least.
 
     With x of second moment S and y of second moment M, independent of each other, keeping the first r columns of U
     leaves the mean squared error E (x·y − x U_r U_rᵀ y)² = tr(P S P M), P = I − U_r U_rᵀ, where the principal axes of x
-    ignore M. Minimised is the mean over r = d/8, …, 7d/8 of its logarithm, which weighs every rank alike.
+    ignore M. Minimised is the mean over r = d/8, …, 7d/8 of its logarithm, which weighs all ranks equally.
 
     Args:
         own: S, [..., d, d]: of keys, or of values.
         other: M, [..., d, d]: of queries, or W_oᵀ W_o for values, whose products are the layer's output.
         start: orthogonal axes to begin with.
-        steps: of Adam; d × d problems, all at once, without the model.
+        steps: of Adam, on all d × d problems at once.
 
     Returns:
         Orthogonal axes [..., d, d] in float64, never worse than the start.

@@ -1,4 +1,4 @@
-"""The step of sequential orthogonal merging: what a new task vector adds to a merged one.
+"""The projection step of sequential orthogonal merging, which adds a task vector to a merged one.
 
 Source: Tang et al., 'Merging Models on the Fly Without Retraining', arXiv 2501.09522, equations 3 to 6. With
 `S = U Σ Vᵀ` and r the number of leading singular triplets that hold the share α of the sum of singular values,
@@ -33,15 +33,19 @@ _KEEP_ELEMENTS = 1 << 26  # up to this size U is kept between its two uses (256 
 def project_and_add(
     merged: Tensor | LowRank, update: Tensor | LowRank, alpha: float, noise: float = 0.0
 ) -> tuple[Tensor | LowRank, int]:
-    """Return `merged + clean(update)` and r.
+    """Return `merged + clean(update)` and r, the number of singular directions that are closed to the update.
+
+        merged: Tensor | LowRank = task_vectors[0]  # [out, in], a fine-tune's weight minus the base's
+        for update in task_vectors[1:]:
+            merged, r = project_and_add(merged, update, alpha=0.8)
 
     Two low-rank inputs give a low-rank result whose rank is at most the sum of theirs; any dense input, a dense one.
 
     Args:
-        merged: S, the merged task vector so far, (m, n).
-        update: T, the task vector to add, (m, n).
-        alpha: the share of the sum of singular values whose directions are closed to the update, in [0, 1].
-        noise: singular values of a dense S up to this one are rounding, and belong to no direction.
+        merged: S, the merged task vector so far, [m, n], float32.
+        update: T, the task vector to add, [m, n].
+        alpha: share of the sum of singular values of S whose directions are closed to the update, in [0, 1].
+        noise: singular values of a dense S up to this one are ignored as rounding; see `rounding_noise`.
     """
     if isinstance(merged, LowRank) and isinstance(update, LowRank):
         return _add_low_rank(merged, update, alpha)
@@ -54,15 +58,15 @@ def project_and_add(
 
 
 def rounding_noise(weight_norm: float, shape: tuple[int, int]) -> float:
-    """Return a bound of the singular values that storing a matrix in float32 adds to its task vector.
+    """Return a bound of the singular values that float32 storage of a weight adds to its task vector.
 
     Rounding to nearest moves an element at random, with a standard deviation of about ε₃₂/5 of it; the largest singular
     value of such a matrix is that times (√m + √n). Twice this is the bound. A LoRA update merged into float32 weights
     is of low rank but for this noise.
 
     Args:
-        weight_norm: Frobenius norm of the stored matrix.
-        shape: its (m, n).
+        weight_norm: Frobenius norm of the stored weight.
+        shape: its [m, n].
     """
     m, n = shape
     return 0.4 * torch.finfo(torch.float32).eps * weight_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
@@ -75,7 +79,7 @@ def leading_count(sigma: Tensor, alpha: float) -> int:
     there, all triplets count.
 
     Args:
-        sigma: positive singular values in falling order.
+        sigma: positive singular values [k] in falling order.
         alpha: a share in [0, 1].
     """
     if alpha >= 1.0:

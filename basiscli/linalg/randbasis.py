@@ -1,4 +1,4 @@
-"""Random matrices that a seed stands for: the same bits on every device and with every version of torch.
+"""Random matrices made from a seed, with the same bits on every device and with every version of torch.
 
 torch's generators promise neither, so the numbers come from Philox-4x32-10 (Salmon et al., 'Parallel random numbers: as
 easy as 1, 2, 3', SC 2011), a function of a key and a counter: any part of a stream is made on its own, in any order.
@@ -32,13 +32,13 @@ _VALUES = 1 << 18  # of bases that are there at a time: 1 MiB
 
 
 def stream_key(*parts: object) -> int:
-    """Return a 64-bit key for what some words and numbers name."""
+    """Return a 64-bit key of a random stream, a hash of strings and numbers such as a seed and a module's name."""
     words = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
 def philox4x32(words: Tensor, key: int) -> Tensor:
-    """Return Philox-4x32-10 of counters.
+    """Return the random words of Philox-4x32-10 for counters.
 
     Args:
         words: the counters' four 32-bit words, lowest first, int64 [4, n]; overwritten.
@@ -69,7 +69,7 @@ def _philox(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, spare: Tensor, key: 
 
 
 def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return values start … start + count − 1 of a key's stream of U(−1, 1), float32 [count].
+    """Return values `start` to `start + count − 1` of a key's stream of U(−1, 1), float32 [count].
 
     Counter c gives values 8c … 8c + 7: the low and then the high half of each word in turn.
     """
@@ -99,7 +99,14 @@ def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu"
 
 @dataclass(frozen=True)
 class RandomBases:
-    """`count` fixed random matrices of one shape, which are never all there: they are made again wherever needed."""
+    """`count` fixed random matrices of one shape, generated from a key.
+
+        bases = RandomBases(stream_key(seed, module, "A"), count=256, shape=(rank, in_features), bound=0.1)
+        a = bases.combination(coefficients)  # Σ cᵢ Bᵢ, [rank, in_features]
+        gradient = bases.projections(grad_a)  # of the loss by the coefficients, [256]
+
+    They are made again whenever they are needed, a few at a time, and never stored.
+    """
 
     key: int
     count: int
@@ -107,9 +114,9 @@ class RandomBases:
     bound: float
     """Elements are U(−bound, bound)."""
 
-    def rows(self, places: slice, device: torch.device | str = "cpu") -> Tensor:
-        """Return some of the matrices times 1/bound, one a row: float32 [n, elements]."""
-        first, last, _ = places.indices(self.count)
+    def rows(self, indices: slice, device: torch.device | str = "cpu") -> Tensor:
+        """Return a slice of the matrices divided by `bound`, one per row: float32 [n, elements]."""
+        first, last, _ = indices.indices(self.count)
         size = prod(self.shape)
         return uniform(self.key, first * size, (last - first) * size, device).view(-1, size)
 
@@ -130,7 +137,7 @@ class RandomBases:
         return found.mul_(self.bound)
 
     def _blocks(self) -> Iterator[slice]:
-        """Yield places of bases that are made together; the same everywhere, as the order of sums is their rounding."""
+        """Yield slices of bases that are made together; the same everywhere, as the order of sums is their rounding."""
         step = max(1, _VALUES // prod(self.shape))
         for begin in range(0, self.count, step):
             yield slice(begin, min(begin + step, self.count))

@@ -1,4 +1,4 @@
-"""Exact order statistics of tensors that come in blocks, without sorting or holding them.
+"""Exact order statistics of tensors that come in blocks, without sorting them or keeping them in memory.
 
 Floats that are not negative are ordered as their bits are, read as integers. One pass over the blocks counts the
 leading 16 bits of every element; the count tells which of the 65,536 classes holds the k-th largest, and the next pass
@@ -18,26 +18,26 @@ from torch.nn.functional import hardshrink
 DIGIT = 16  # bits a pass
 
 Pass = Callable[[], Iterable[tuple[int, list[Tensor]]]]
-"""Goes over the blocks of several tensors of one shape: the place of a block's first element, and each one's values."""
+"""Returns an iterator over blocks of tensors of one shape: (flat index of the first element, one block a tensor)."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The border of the k elements of largest magnitude of a tensor.
+    """The threshold of the k elements of largest magnitude of a tensor.
 
-    They are those above `value` and, of the ones equal to it, those before the place `end` in the flat tensor (None:
-    all of them): exactly k, however many are equal. Which of the equal ones count is the same for any size of blocks.
+    They are those above `value` and, of the ones equal to it, those before the flat index `end` (None: all of them):
+    exactly k, however many are equal. Which of the equal ones count is the same for any size of blocks.
     """
 
     value: float
     end: int | None = None
 
     def keep(self, values: Tensor, start: int) -> Tensor:
-        """Return a block with all but its part of the k elements set to zero, in a new tensor.
+        """Return a block with all elements but the k largest of the tensor set to zero, in a new tensor.
 
         Args:
             values: the block, any shape and sign.
-            start: the place of its first element in the flat tensor.
+            start: index of its first element in the flat tensor.
         """
         # hardshrink keeps what is strictly beyond its bound; a bound just below the value keeps the value too.
         below = torch.tensor(self.value, dtype=values.dtype).nextafter(torch.tensor(-1.0, dtype=values.dtype)).item()
@@ -53,14 +53,18 @@ class Cut:
 
 
 NOTHING = Cut(float("inf"))
+"""The threshold of no elements, k = 0."""
 
 
 def largest(over: Pass, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
-    """Return the borders of the k largest elements of several tensors that are gone over together.
+    """Return the thresholds of the k largest elements of several tensors, in the form of `counts`.
+
+        ((cut,),) = largest(lambda: [(0, [tensor.abs()])], [[100]])
+        cut.keep(tensor, 0)  # its 100 largest elements in magnitude, else 0
 
     Args:
-        over: goes over the blocks; values must not be negative. Called two to five times, once a pass.
-        counts: for each tensor, one k or more; between 0 and its number of elements.
+        over: returns the blocks; values must not be negative. Called two to five times, once a pass.
+        counts: for each tensor one k or more, between 0 and its number of elements.
     """
     queries = [[_Query(k) for k in ks] for ks in counts]
     open_queries = [[query for query in own if query.wanted > 0] for own in queries]

@@ -1,7 +1,10 @@
-"""Thinning out task vectors: keep the largest elements, drop outliers, rank rows, and give back the length.
+"""Sparsification of task vectors: by magnitude, without outliers, at random, and with rescaling.
 
-A `Sparsifier` turns a block of one model's task vector (its place in the flat tensor is given) into a new tensor with
-zeros where elements are dropped.
+    sparsifiers = trims(blocks, densities)  # one per model
+    for block in blocks:
+        sparse = [s(t, block.start) for s, t in zip(sparsifiers, block.task_vectors, strict=True)]
+
+A sparsifier sets elements to zero and never reads beyond its block.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from basiscli.transforms import Blocks
 
 Sparsifier = Callable[[Tensor, int], Tensor]
+"""From a block of one model's task vector, and the flat index of its first element, to a new one with zeros in it."""
 
 
 def keep_all(task_vector: Tensor, start: int) -> Tensor:
@@ -33,7 +37,7 @@ def keep_none(task_vector: Tensor, start: int) -> Tensor:
 
 
 def trims(blocks: Blocks, densities: Sequence[float]) -> list[Sparsifier]:
-    """Return for each model what keeps the share `density` of its task vector that is largest in magnitude.
+    """Return a sparsifier per model that keeps its share `density` of elements of largest magnitude.
 
     At least one element stays where the density is above zero.
     """
@@ -47,7 +51,7 @@ def trims(blocks: Blocks, densities: Sequence[float]) -> list[Sparsifier]:
 
 
 def trims_without_outliers(blocks: Blocks, densities: Sequence[float], gammas: Sequence[float]) -> list[Sparsifier]:
-    """Return for each model what drops its share `gamma` of largest elements and keeps the share `density` after them.
+    """Return a sparsifier per model that drops its share `gamma` of largest elements and keeps the next `density`.
 
     Where both together are more than the tensor has, fewer outliers are dropped. A density of 1 drops nothing.
     """
@@ -62,22 +66,22 @@ def trims_without_outliers(blocks: Blocks, densities: Sequence[float], gammas: S
 
 
 def random_drops(densities: Sequence[float], seed: int, first: int, *, rescale: bool) -> list[Sparsifier]:
-    """Return for each model what keeps every element with the probability `density`, and multiplies it with 1/density.
+    """Return a sparsifier per model that keeps each element with probability `density`, scaled by 1/density if wanted.
 
     Args:
-        densities: one a model.
+        densities: one per model.
         seed: of the tensor.
-        first: the number of the first model: each has random numbers of its own.
-        rescale: whether to multiply.
+        first: index of the first model; each has its own random stream.
+        rescale: whether to scale by 1/density.
     """
-    return [_dropped(density, seed, first + place, rescale=rescale) for place, density in enumerate(densities)]
+    return [_dropped(density, seed, first + index, rescale=rescale) for index, density in enumerate(densities)]
 
 
 def magnitude_sampled(densities: Sequence[float], epsilons: Sequence[float], seed: int, first: int) -> list[Sparsifier]:
-    """Return for each model what keeps elements at random, the larger of their row the likelier.
+    """Return a sparsifier per model that keeps elements at random, larger ones of a row with higher probability.
 
-    The probabilities rise evenly with the rank from density − ε to density + ε. The rank is that of the magnitude in
-    its row (all that has one index in the first dimension; a tensor of one dimension is one row).
+    The probability rises linearly with the magnitude's rank in its row, from density − ε to density + ε. A row is all
+    that has one index in the first dimension; a tensor of one dimension is one row.
     """
     return [
         _row_sampled(density, epsilon, seed, stream)
@@ -86,7 +90,7 @@ def magnitude_sampled(densities: Sequence[float], epsilons: Sequence[float], see
 
 
 def rescaled(blocks: Blocks, sparsifiers: Sequence[Sparsifier]) -> list[Sparsifier]:
-    """Return the same sparsifiers times what gives each model's result the Σ|·| over the tensor that it had before."""
+    """Return the sparsifiers scaled so that each model's Σ|·| over the tensor is that of its task vector."""
     before, after = [0.0] * len(sparsifiers), [0.0] * len(sparsifiers)
     if any(sparsify is not keep_all for sparsify in sparsifiers):
         for block in blocks:
@@ -101,7 +105,7 @@ def rescaled(blocks: Blocks, sparsifiers: Sequence[Sparsifier]) -> list[Sparsifi
 
 
 def row_ranks(magnitudes: Tensor) -> Tensor:
-    """Return each element's rank in its row, 0 for the smallest; equal ones by their place. Float32 [rows, columns].
+    """Return each element's rank in its row, 0 for the smallest, ties by column. Float32 [rows, columns].
 
     Sorting integers that hold the bits of the magnitude and below them the column is several times faster than an
     argsort, and equal magnitudes get the same order everywhere.

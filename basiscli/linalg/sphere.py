@@ -1,4 +1,4 @@
-"""Interpolation on the sphere, by inner products alone.
+"""Interpolation on the sphere, from inner products alone.
 
 Every point that these methods visit is a combination Σ cᵢ xᵢ of the models, so that its lengths and angles follow from
 the k×k matrix of the models' inner products: one pass over the tensors finds that, the rest is arithmetic on k numbers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def gram_of(blocks: Blocks) -> Tensor:
-    """Return the inner products of one tensor of all models, or of their task vectors where there is a base."""
+    """Return inner products of all models, or of their task vectors where there is a base: float64 [models, models]."""
     total: Tensor | None = None
     for block in blocks:
         origin = None if block.base is None else block.base.reshape(-1)
@@ -41,17 +41,17 @@ def combination(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Ten
 
 
 def slerp(lengths: Tensor, inner: Tensor, t: float, *, collinear: float) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of spherical interpolation from the first vector (t = 0) to the second (t = 1).
+    """Return the two coefficients of spherical interpolation from the first vector (t = 0) to the second (t = 1).
 
     They are those of the unit vectors, sin((1−t)θ)/sin θ and sin(tθ)/sin θ (Shoemake, 'Animating rotation with
     quaternion curves', 1985), and multiply the vectors as they are. Vectors of one direction are interpolated along the
-    line; a vector of no length counts as orthogonal.
+    line; a vector of length 0 counts as orthogonal.
 
     Args:
-        lengths: of the two vectors, float64 [2, …]: one pair, or as many as wanted.
+        lengths: of the two vectors, float64 [2, …]: one pair, or many.
         inner: their inner products, float64 […].
-        t: where between them.
-        collinear: a cosine beyond which the line is taken.
+        t: position between them, in [0, 1].
+        collinear: absolute cosine from which on the interpolation is linear.
     """
     product = lengths[0] * lengths[1]
     cosine = torch.where(product > 0, inner / product.clamp(min=1e-300), 0.0).clamp(-1, 1)
@@ -63,9 +63,9 @@ def slerp(lengths: Tensor, inner: Tensor, t: float, *, collinear: float) -> tupl
 
 
 def direction_mean(gram: Tensor, weights: Sequence[float], *, eps: float = 1e-8) -> list[float]:
-    """Return the coefficients of the mean direction Σ wᵢ xᵢ/‖xᵢ‖ with the length Σ wᵢ ‖xᵢ‖.
+    """Return the coefficients of the vector of direction Σ wᵢ xᵢ/‖xᵢ‖ and length Σ wᵢ ‖xᵢ‖.
 
-    Where the directions cancel there is no mean one; then it is the plain sum Σ wᵢ xᵢ.
+    Where the directions cancel (a sum shorter than `eps`), they are those of the plain sum Σ wᵢ xᵢ.
     """
     lengths = gram.diagonal().clamp(min=0).sqrt()
     given = torch.tensor(weights, dtype=torch.float64)
@@ -78,7 +78,7 @@ def direction_mean(gram: Tensor, weights: Sequence[float], *, eps: float = 1e-8)
 
 
 def karcher_mean(gram: Tensor, *, max_iter: int, tol: float) -> list[float]:
-    """Return the coefficients of the Riemannian centre of the directions, with the mean of the lengths.
+    """Return the coefficients of the Karcher mean of the directions, with the mean of the lengths.
 
     Fixed-point iteration in the tangent space: m ← Exp_m(mean of Log_m(uᵢ)). Vectors no longer than `tol` have no
     direction and count for the length only.

@@ -1,4 +1,4 @@
-"""Leading and trailing singular vectors: exactly by the smaller Gram matrix, or fast by a block Krylov iteration."""
+"""Truncated SVD: exact by the smaller Gram matrix, or fast by block Krylov iteration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from basiscli.linalg.eigen import eigh
 from basiscli.linalg.orthogonal import principal_axes, signed
 
 TOLERANCE = 3e-3
+"""Of `fast_svd`: largest `subspace_residual`."""
 MOMENT_TOLERANCE = 1e-7  # errors of eigenvectors and values are its square, relative to their distances
 _FIRST_CAPTURED = 32
 _SMALL_MOMENT = 1024  # up to here the whole decomposition costs less than a second
@@ -20,19 +21,28 @@ _REFINEMENTS = 2  # block steps between two looks at the residual
 
 @dataclass(frozen=True)
 class SVD:
-    """How a command decomposes matrices; what an `init` method is given as `svd`."""
+    """Truncated decompositions of matrices, exact or fast.
+
+        svd = SVD(exact=False, seed=0)
+        u, s, vh = svd.top(weight, rank=16)
+        b, a = u * s.sqrt(), s.sqrt()[:, None] * vh  # PiSSA's factors
+
+    An `init` method that asks for `svd` gets one.
+    """
 
     exact: bool
+    """Whether `top` and `axes` use the full decomposition of a Gram matrix."""
     seed: int
+    """Of the fast iteration's start."""
 
     def top(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U [m, r], σ [r] and Vᵀ [r, n] of the r largest singular values of a float32 matrix [m, n]."""
+        """Return U [m, r], σ [r], Vᵀ [r, n] of the r largest singular values of a float32 matrix [m, n]."""
         return exact_svd(weight, rank) if self.exact else fast_svd(weight, rank, seed=self.seed)
 
     def axes(self, moment: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first eigenvectors, as rows [count, n], and eigenvalues [count] of a float64 moment [n, n].
+        """Return the leading eigenvectors as rows [count, n], and eigenvalues [count], of a float64 moment [n, n].
 
-        An entry of each vector decides its sign: the largest is positive. Fast means right to 1e-7, measured.
+        The largest entry of each vector is positive. Without `exact` the residual is at most 1e-7, measured.
         """
         if self.exact or len(moment) <= _SMALL_MOMENT:
             axes, values = principal_axes(moment)
@@ -42,12 +52,12 @@ class SVD:
         return signed(columns).mT, values
 
     def bottom(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same of the r smallest singular values; always exact."""
+        """Return U [m, r], σ [r], Vᵀ [r, n] of the r smallest singular values; always exact."""
         return exact_svd(weight, rank, largest=False)
 
 
 def exact_svd(weight: Tensor, rank: int, *, largest: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose by the eigenvectors of the smaller Gram matrix, everything in float64.
+    """Return a truncated SVD by the eigenvectors of the smaller Gram matrix, computed in float64.
 
     Two to three times faster than a full SVD on a CPU. Singular values below 1e-8 of the largest are rounding; u σ vᵀ
     is right for them, too, since it is computed as (W v) vᵀ, but their u need not be of length one.
@@ -55,7 +65,7 @@ def exact_svd(weight: Tensor, rank: int, *, largest: bool = True) -> tuple[Tenso
     Args:
         weight: [m, n].
         rank: how many, at most min(m, n).
-        largest: whether the largest or the smallest singular values are wanted.
+        largest: whether of the largest or of the smallest singular values.
 
     Returns:
         U [m, r], σ [r] in falling order, Vᵀ [r, n], in the weight's dtype.
@@ -73,18 +83,17 @@ def exact_svd(weight: Tensor, rank: int, *, largest: bool = True) -> tuple[Tenso
 
 
 def fast_svd(weight: Tensor, rank: int, *, seed: int, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose by block Krylov iteration from a seeded random start (Musco and Musco 2015, algorithm 2).
+    """Return a truncated SVD by block Krylov iteration from a seeded random start (Musco and Musco 2015, algorithm 2).
 
     Subspace iteration keeps its last block only, and on the flat spectra of language models' weights it is still far
     off after sixteen rounds; the space of all blocks together converges quadratically faster. The iteration ends when
-    the singular vectors are right to the tolerance, measured; a matrix where that takes half of its columns is
-    decomposed exactly.
+    the residual is within the tolerance; a matrix where that takes half of its columns is decomposed exactly.
 
     Args:
         weight: [m, n], float32 or float64.
         rank: r.
         seed: of the start, which is drawn on the CPU and the same everywhere.
-        tolerance: of `subspace_residual`.
+        tolerance: largest `subspace_residual` of the result.
 
     Returns:
         U [m, r], σ [r] in falling order, Vᵀ [r, n], in the weight's dtype.
@@ -139,14 +148,14 @@ def subspace_residual(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float
     return float(torch.maximum(left, right) / s.max())
 
 
-def captured(weight: Tensor, energy: float, most: int, svd: SVD) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fewest leading singular vectors that hold a share of ‖W‖²; none of a zero matrix.
+def svd_by_energy(weight: Tensor, energy: float, most: int, svd: SVD) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the SVD truncated at the smallest rank that holds a share of ‖W‖²; rank 0 for a zero matrix.
 
     Args:
         weight: [m, n] float32.
         energy: the share, at most 1.
-        most: not more than so many, even if they hold less.
-        svd: how to decompose; the number is doubled until it is enough.
+        most: largest rank, even if it holds less.
+        svd: the decomposition to use; its rank is doubled until it is enough.
 
     Returns:
         U [m, r], σ [r] in falling order, Vᵀ [r, n].

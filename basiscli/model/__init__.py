@@ -1,1 +1,1 @@
-"""A model as it is loaded and run: what its tensors are, layer by layer, moments of its inputs."""
+"""Models: kinds of tensors, a forward layer by layer, second moments of inputs, changes of layers and vocabulary."""

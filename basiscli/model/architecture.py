@@ -1,8 +1,8 @@
-"""What a tensor's name stands for: linear weight, embedding, norm, bias, convolution, buffer.
+"""Kinds of tensors: linear weight, embedding, norm, bias, convolution, buffer.
 
-Names answer first: they settle every checkpoint of the families in use, at no cost. Only where a matrix has a name
-that says nothing is the config's own model built on the meta device, which imports transformers (seconds). `Kinds`
-tells which of the two answered.
+A known name decides, at no cost; that covers the checkpoints of all common families. Only where a matrix has an unknown
+name is the config's own model built on the meta device, which imports transformers (seconds). `Kinds.found_by` tells
+which of the two decided.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The kind of every tensor, and how it was found: 'names' or 'model'."""
+    """The kind of every tensor of a checkpoint."""
 
     by_name: dict[str, Kind]
     found_by: Literal["names", "model"]
+    """Whether tensor names alone decided, or the modules of the config's model."""
 
 
 _LINEAR = re.compile(
@@ -45,26 +46,26 @@ _QUANTISED = re.compile(r".*\.(weight|qweight|qzeros|weight_packed|absmax|g_idx)
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to, None outside the layers."""
+    """Return the index of the layer that a tensor belongs to: 3 for `model.layers.3.…`; None outside the layers."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def with_layer(name: str, layer: int) -> str:
-    """Return the name that a tensor of a layer has in another layer."""
+    """Return a tensor's name with another layer index: `model.layers.7.…` for `model.layers.3.…` and 7."""
     match = _LAYER.search(name)
     assert match is not None  # `layer_of` tells
     return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"
 
 
-def comes_first(name: str) -> bool:
-    """Return whether a tensor outside the layers is used before them: embeddings, and norms among them."""
+def is_before_layers(name: str) -> bool:
+    """Return whether a tensor outside the layers is used before them: embeddings and their norms."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     return ("embed" in name and module != "embed_out") or module in {"wte", "wpe", "shared"}
 
 
 def is_buffer(tensor: TensorSpec) -> bool:
-    """Return whether a tensor is derived state that no training changes: position ids, masks, rotary frequencies."""
+    """Return whether a tensor is a buffer, which training does not change: position ids, masks, rotary frequencies."""
     # GPT-2's causal mask is `attn.bias`, four-dimensional; an attention bias of one dimension is a parameter.
     if tensor.name.endswith("attn.bias") and len(tensor.shape) < 2:
         return False
@@ -72,12 +73,12 @@ def is_buffer(tensor: TensorSpec) -> bool:
 
 
 def is_quantised_name(tensor: TensorSpec) -> bool:
-    """Return whether the name of an integer tensor says that it holds packed weights."""
+    """Return whether an integer tensor's name is one of packed quantised weights (`qweight`, `qzeros`, …)."""
     return bool(_QUANTISED.fullmatch(tensor.name))
 
 
 def kind_by_name(tensor: TensorSpec) -> Kind | None:
-    """Return what name and shape alone settle; None for a matrix whose name says nothing."""
+    """Return the kind that a tensor's name and shape imply; None for a matrix of an unknown name."""
     module, _, leaf = tensor.name.rpartition(".")
     last = module.rpartition(".")[2]
     if is_buffer(tensor):
@@ -96,7 +97,7 @@ def kind_by_name(tensor: TensorSpec) -> Kind | None:
 
 
 def kinds(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec]) -> Kinds:
-    """Return the kind of every tensor of a checkpoint."""
+    """Return the kind of every tensor: by names, and for unknown names by building the config's model."""
     named = {name: kind_by_name(tensor) for name, tensor in tensors.items()}
     unsettled = [name for name, kind in named.items() if kind is None]
     found_by: Literal["names", "model"] = "names"
@@ -110,7 +111,7 @@ def kinds(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec]) -> Kinds:
 
 
 def tied_pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
-    """Return (output head, embedding) where a checkpoint stores both although its config may tie them.
+    """Return the names (output head, embedding) of two stored tensors that the config may tie, else None.
 
     Whether they are tied is for their bytes to say: a config that leaves `tie_word_embeddings` out means its class's
     default, and old checkpoints store the same matrix twice.

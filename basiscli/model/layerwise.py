@@ -1,4 +1,4 @@
-"""Running a transformer layer by layer from its shards: of the weights one layer is in memory at a time."""
+"""A forward of a transformer layer by layer, with one layer's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import keep_small_blocks, ran_out_of_memory
+from basiscli.engine.devices import ran_out_of_memory, return_large_blocks
 from basiscli.errors import InputError
-from basiscli.model.layer_inputs import Collector, Enough, Inputs
+from basiscli.model.layer_inputs import Collector, Inputs, StopForward
 from basiscli.model.lazy_model import LazyWeights, empty_model
 
 _BATCH_TOKENS = 1024  # of the windows that pass a layer together
@@ -29,7 +29,7 @@ Call = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 @dataclass
 class LayerwiseModel:
-    """A transformer through which calibration text passes layer by layer, with one layer's weights in memory.
+    """A transformer that runs calibration text layer by layer, reading one layer's weights at a time.
 
         model = LayerwiseModel(checkpoint, ["model.layers.0.mlp.up_proj", …], windows, device, torch.float32)
         states = [hidden for hidden, inputs in model.forward_to_layers()]  # one a batch
@@ -37,22 +37,22 @@ class LayerwiseModel:
             for batch, hidden in enumerate(states):
                 states[batch], inputs = model.forward_layer(layer, batch, hidden)
 
-    Several threads may do so side by side, all in the same layer. The arguments of every layer (masks, rotary angles)
-    are what the model's own forward hands to it, recorded with layers that pass on what they get: so no architecture's
-    forward is written again here.
+    Several threads may call it at the same time, all for the same layer. The arguments of every layer (masks, rotary
+    angles) are recorded from the model's own forward, with its layers replaced by ones that return their input: so no
+    architecture's forward is written again here.
     """
 
     checkpoint: Checkpoint
     targets: Sequence[str]
-    """Modules whose inputs are wanted, by the names of the loaded model."""
+    """Names of the modules whose inputs are collected, as in `model.named_modules()`."""
     windows: Windows
     device: torch.device
     dtype: torch.dtype
     model: Any = field(init=False)
     batches: list[Windows] = field(init=False)
-    """The calibration text, in batches that pass a layer together."""
+    """The calibration windows in batches of about 1024 tokens, one forward each."""
     path: str = field(init=False)
-    """Name of the list of layers."""
+    """Name of `layers` in the model: `model.layers`."""
     layers: nn.ModuleList = field(init=False)
     _weights: LazyWeights = field(init=False)
     _arguments: list[LayerArguments] = field(default_factory=list)
@@ -67,7 +67,7 @@ class LayerwiseModel:
     """Holds this thread's collector."""
 
     def __post_init__(self) -> None:
-        keep_small_blocks()
+        return_large_blocks()
         self.model = empty_model(self.checkpoint, self.dtype)
         main = getattr(self.model, "main_input_name", "input_ids")
         if main != "input_ids":
@@ -85,13 +85,13 @@ class LayerwiseModel:
         count = max(1, _BATCH_TOKENS // self.windows.ids.shape[1])
         self.batches = [self.windows.select(part.tolist()) for part in torch.arange(len(self.windows)).split(count)]
 
-    # The passes -------------------------------------------------------------------------------------------------------
+    # Forwards ---------------------------------------------------------------------------------------------------------
 
     def forward_to_layers(self) -> Iterator[tuple[Tensor, Inputs]]:
-        """Yield each batch's hidden states before the first layer [windows, tokens, d], and inputs of targets there.
+        """Yield each batch's hidden states before the first layer [windows, tokens, d], and inputs of targets.
 
         Raises:
-            InputError: a model that cannot be run so, or weights that are missing.
+            InputError: the model's forward is more than a loop over its layers, or weights are missing.
         """
         self._arguments.clear()
         for batch in self.batches:
@@ -112,21 +112,21 @@ class LayerwiseModel:
             out = self.layers[layer](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out, collector.inputs
 
-    def forward_head(self, batch: int, hidden: Tensor, wanted: Sequence[str]) -> Inputs:
-        """Return the inputs of targets after the last layer, whose output for this batch is `hidden`.
+    def forward_head(self, batch: int, hidden: Tensor, targets: Sequence[str]) -> Inputs:
+        """Return the inputs of targets after the layers, given the last layer's output [windows, tokens, d].
 
-        The forward ends when all that are wanted have been called.
+        The forward ends when all of these targets have been called.
         """
 
         def replay(layer: int, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             return hidden
 
-        with self._lock, self._collecting(self.batches[batch], wanted) as collector:
+        with self._lock, self._collecting(self.batches[batch], targets) as collector:
             self._forward(replay, self.batches[batch])
         return collector.inputs
 
     def release(self) -> None:
-        """Free the memory of all weights."""
+        """Free the memory of all weights; they are read again when they are needed."""
         self._weights.release()
         self._held = None
 
@@ -172,7 +172,7 @@ class LayerwiseModel:
                 self.layers[index] = _StandIn(layer, index, call)
             with self._running():
                 self.model(**{name: x.to(self.device) for name, x in windows.inputs.items()}, use_cache=False)
-        except Enough:
+        except StopForward:
             pass
         finally:
             for index, layer in enumerate(layers):
@@ -180,7 +180,7 @@ class LayerwiseModel:
 
     def _end_after_layers(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._entered and any(True for _ in module.parameters(recurse=False)):
-            raise Enough  # the first module after the layers
+            raise StopForward  # the first module after the layers
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -205,7 +205,7 @@ class LayerwiseModel:
                 remedy="check it with `basis eval`, or restore the config.json that belongs to these weights",
             ) from error
 
-    # What targets are called with -------------------------------------------------------------------------------------
+    # Inputs of targets ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _collecting(self, windows: Windows, awaited: Sequence[str] = ()) -> Iterator[Collector]:
@@ -271,7 +271,7 @@ class _StandIn(nn.Module):
         self._index, self._call = index, call
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the function returns."""
+        """Return the function's result."""
         return self._call(self._index, hidden_states, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:

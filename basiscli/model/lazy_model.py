@@ -1,4 +1,4 @@
-"""A model without its weights, and weights that its modules read from the checkpoint when they are first called."""
+"""Models on the meta device whose modules read their weights from the checkpoint when they are first called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.devices import give_back_memory
+from basiscli.engine.devices import trim_memory
 from basiscli.errors import InputError
 from basiscli.model.names import loaded_names
 
@@ -20,10 +20,10 @@ _GAMMA, _BETA = re.compile(r"(?<=LayerNorm\.)gamma$"), re.compile(r"(?<=LayerNor
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Return the config's own model with parameters on the meta device and computed buffers on the CPU.
+    """Return the model that a checkpoint's config names, with parameters on the meta device and buffers on the CPU.
 
     Raises:
-        InputError: transformers does not know it.
+        InputError: transformers cannot build it.
     """
     import transformers
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
@@ -45,18 +45,25 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 class LazyWeights:
-    """The weights of an empty model: each module's are read before its first forward and kept until `release`.
+    """Loads the weights of an empty model: each module's are read before its first forward and kept until `release`.
 
         model = empty_model(checkpoint, torch.bfloat16)
         weights = LazyWeights(model, checkpoint, device, torch.bfloat16)
         model.model.layers[0](hidden, …)  # reads this layer's weights
         weights.release()
 
-    Threads may call modules side by side.
+    Threads may call modules at the same time.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Put the model's buffers on the device, and hooks on its modules."""
+        """Move the model's buffers to the device and register a forward pre-hook on each module.
+
+        Args:
+            model: made by `empty_model`.
+            checkpoint: has its weights.
+            device: what the model runs on.
+            dtype: of the weights after loading.
+        """
         self.model, self.checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self._lock = threading.Lock()
         names = loaded_names(checkpoint, checkpoint.tensors)
@@ -78,7 +85,7 @@ class LazyWeights:
                 for leaf, parameter in list(module.named_parameters(recurse=False)):
                     if parameter.device != _META:
                         setattr(module, leaf, nn.Parameter(parameter.to(_META), requires_grad=False))
-        give_back_memory()
+        trim_memory()
 
     def _load(self, module: nn.Module, name: str) -> None:
         """Give a module its own weights, on the device and in the working dtype, if it does not have them."""

@@ -1,8 +1,8 @@
-"""Moments of the inputs of linear layers over calibration text, as tasks that any process can do.
+"""Second moments of the inputs of linear layers over calibration text, as tasks that any process can run.
 
-For every layer there are two rounds of tasks. First each batch of windows passes the layer and leaves its hidden states
-and the inputs of the layer's targets. Then each block of each moment is summed over the batches in their order: so no
-sum depends on who does what, and one matrix of moments is shared out, too.
+For every layer there are two rounds of tasks. First each batch of windows is run through the layer, and its hidden
+states and the inputs of the layer's targets go to the tensor store. Then each row block of each moment matrix is summed
+over the batches in their order: so no sum depends on which worker runs which task.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from basiscli.model.stored_moments import StoredMoments, add_rows, block_bytes, 
 from basiscli.progress import PartOf, Progress
 
 
-class Calibrated(Protocol):
-    """The part of a plan that says which model runs and which of its modules are wanted."""
+class CalibrationPlan(Protocol):
+    """The part of a plan that names a model and the modules whose inputs are collected."""
 
     @property
     def model(self) -> Checkpoint:
-        """Its checkpoint."""
+        """The checkpoint of the model to run."""
 
     @property
     def targets(self) -> Mapping[str, str]:
-        """Modules of the loaded model whose inputs are wanted, by their weights' names."""
+        """Names of target modules in the loaded model, by their weights' names in the checkpoint."""
 
 
 @dataclass(frozen=True)
-class Modules:
-    """A `Calibrated` without a plan."""
+class CalibrationTargets:
+    """A `CalibrationPlan` of a model and its targets alone."""
 
     model: Checkpoint
     targets: Mapping[str, str]
@@ -53,36 +53,36 @@ class Modules:
 
 @dataclass
 class MomentsRun:
-    """One run of the calibration text through a model.
+    """Runs calibration text through a model and sums second moments of its targets' inputs.
 
         for part in MomentsRun(plan, output, progress, device, engine).moments(windows):
             for module, stored in part.items():
                 inputs = stored.load(device)  # InputMoments
 
-    `moments` hands out the tasks `embed`, `forward_layer`, `forward_head` and `add`; on a cluster every worker has a
-    run of its own.
+    `moments` gives the engine tasks that call `embed`, `forward_layer`, `forward_head` and `add`; on a cluster every
+    worker has its own `MomentsRun`.
     """
 
-    plan: Calibrated
+    plan: CalibrationPlan
     output: Shards
     progress: Progress
     device: torch.device
     engine: Engine
     _model: LayerwiseModel | None = None
     _readers: dict[str, str] = field(default_factory=dict)
-    """Modules whose inputs are being summed, and the first of those that read the same."""
+    """CalibrationTargets whose inputs are being summed, and the first of those that read the same."""
     _stored: dict[str, StoredMoments] = field(default_factory=dict)
     """By the first module that reads them."""
     _lock: Any = field(default_factory=threading.Lock)
 
     def moments(self, windows: Windows) -> Iterator[dict[str, StoredMoments]]:
-        """Yield the inputs' moments of targets by module name, one layer after another; they last until the next.
+        """Yield the moments of each layer's targets by module name; they are valid until the next are asked for.
 
-        Targets that read the same tensor share one object. Targets outside the layers come first or last, with those
-        that run before the layers and after them.
+        Targets that read the same tensor share one object. Targets outside the layers come in the first dictionary or
+        the last one.
 
         Raises:
-            InputError: a model that cannot be run so, or weights that are missing or give NaN.
+            InputError: the model cannot be run layer by layer, or its weights are missing or give NaN.
         """
         store = store_for(self.engine, self.output, windows)
         (text,) = self._do([Task("entering", 0, self._workspace(0), (store,))], self.embed)
@@ -117,7 +117,7 @@ class MomentsRun:
     # Tasks ------------------------------------------------------------------------------------------------------------
 
     def embed(self, store: TensorStore) -> dict[str, Any]:
-        """Run all of the text up to the layers; return their count and path, and tokens and inputs of each batch."""
+        """Run all batches up to the first layer; return layers' count and path, and each batch's tokens and inputs."""
         model = self._layerwise(store)
         inputs = []
         for batch, (hidden, given) in enumerate(model.forward_to_layers()):
@@ -127,7 +127,7 @@ class MomentsRun:
         return {"path": model.path, "layers": len(model.layers), "sizes": sizes, "inputs": inputs}
 
     def forward_layer(self, layer: int, batch: int, store: TensorStore) -> dict[str, Any]:
-        """Run a batch through a layer, from its hidden states in the store; return who read inputs, and how many."""
+        """Run a batch through a layer, hidden states in the store; return readers and shapes of its targets' inputs."""
         model = self._layerwise(store)
         (hidden,) = store.get(_hidden(layer, batch)).values()
         hidden, inputs = model.forward_layer(layer, batch, hidden.to(model.device))
@@ -141,17 +141,17 @@ class MomentsRun:
         return _kept(inputs, _inputs(f"layer{layer}", batch), store)
 
     def forward_head(self, layers: int, batch: int, late: Sequence[str], store: TensorStore) -> dict[str, Any]:
-        """Run a batch on from the last layer's output until the late targets were called; return as `forward_layer`."""
+        """Run a batch from the last layer's output to the targets after it; return as `forward_layer` does."""
         model = self._layerwise(store)
         (hidden,) = store.get(_hidden(layers, batch)).values()
         inputs = model.forward_head(batch, hidden.to(model.device), late)
         return _kept(inputs, _inputs("after", batch), store)
 
     def add(self, module: str, block: slice, keys: Sequence[str], is_begun: bool, store: TensorStore) -> dict[str, Any]:
-        """Add a module's inputs of some batches to one block of their moments, which are about the first one's mean.
+        """Add a module's inputs in some batches to one row block of their moments, taken about the first batch's mean.
 
         Raises:
-            InputError: NaN or Inf among it.
+            InputError: NaN or Inf among the inputs.
         """
         sums = {name: x.clone() for name, x in store.get(block_key(module, block)).items()} if is_begun else {}
         for key in keys:
@@ -177,7 +177,7 @@ class MomentsRun:
                 self._model = LayerwiseModel(read, list(self.plan.targets.values()), windows, self.device, dtype)
             return self._model
 
-    # Handing them out -------------------------------------------------------------------------------------------------
+    # Giving tasks to the engine ---------------------------------------------------------------------------------------
 
     @property
     def _is_local(self) -> bool:

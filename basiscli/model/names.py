@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basiscli.checkpoints.cache import cache_folder, made_once
+from basiscli.checkpoints.cache import cache_folder, cached
 from basiscli.checkpoints.digests import digest
 from basiscli.transforms import Kind
 from basiscli.version import __version__
@@ -90,7 +90,7 @@ def parts_of(checkpoint: Checkpoint) -> Mapping[str, Part] | None:
     ]  # fmt: skip
     name = digest([json.dumps(facts, sort_keys=True, default=str).encode()])
     try:
-        folder = made_once(cache_folder() / "names" / name, lambda place: _write(place, _parts(checkpoint)))
+        folder = cached(cache_folder() / "names" / name, lambda place: _write(place, _parts(checkpoint)))
         return _read(folder)
     except (OSError, ValueError, KeyError):  # a cache that cannot be written or read is none
         return _parts(checkpoint)

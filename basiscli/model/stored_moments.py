@@ -1,7 +1,7 @@
-"""Second moments of a layer's inputs, kept in blocks of rows that tasks add to.
+"""Second moments of a layer's inputs, stored in row blocks that tasks add to.
 
-Of the symmetric matrix [in, in] a block is some rows, from the diagonal to the right. Blocks do not touch each other:
-each is summed over the text in its order by whoever has the time, and of a wide matrix none is more than an eighth.
+A block is some rows of the symmetric matrix [in, in], from the diagonal to the right. Blocks are independent of each
+other: each is summed over the text in order by any worker, and a wide matrix has eight of them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ _MOST_BLOCKS = 8  # at most; the task of each reads all inputs
 
 @dataclass(frozen=True)
 class StoredMoments:
-    """Moments of one input, in blocks of rows."""
+    """Moments of one input, in row blocks in a tensor store."""
 
     store: TensorStore
     module: str
-    """The first that reads it."""
+    """Name of the first module that reads the input."""
     width: int
+    """Features of the input."""
     count: int
-    """Tokens."""
+    """Tokens that are summed."""
 
     def load(self, device: torch.device) -> InputMoments:
-        """Assemble the whole symmetric matrix [in, in] on a device."""
+        """Return the moments with the whole symmetric matrix, float64 [in, in], on a device."""
         second = torch.zeros(self.width, self.width, dtype=torch.float64, device=device)
         total, shift = torch.zeros_like(second[0]), torch.zeros_like(second[0])
         for block in moment_blocks(self.width) if self.count else ():
@@ -45,37 +46,41 @@ class StoredMoments:
         return InputMoments(self.count, shift, total, second)
 
     def drop(self) -> None:
-        """Forget them."""
+        """Remove the blocks from the store."""
         for block in moment_blocks(self.width):
             self.store.drop(block_key(self.module, block))
 
 
 def moment_blocks(width: int) -> list[slice]:
-    """Return the rows of each block."""
+    """Return the row slices of the blocks of a matrix [width, width]."""
     height = -(-width // (_MOST_BLOCKS * _BAND)) * _BAND
     return [slice(first, min(first + height, width)) for first in range(0, width, height)]
 
 
 def block_key(module: str, block: slice) -> str:
-    """Return what a block is kept under."""
+    """Return the key of a block in the tensor store."""
     return f"{module}-{block.start}"
 
 
 def block_bytes(block: slice, width: int) -> int:
-    """Return the memory that adding to a block takes, as it is and as it will be."""
+    """Return the bytes of memory that `add_rows` to a block takes, the block before and after included."""
     height: int = block.stop - block.start
     return (16 * height + 4 * _BAND + 8 * _ROWS) * width
 
 
 def empty_sums(block: slice, mean: Tensor) -> dict[str, Tensor]:
-    """Return a block without rows, about a point [in] near their mean, which so takes no digits from them."""
+    """Return a block of zero sums, taken about a point [in] near the rows' mean so that the mean costs no digits.
+
+    Returns:
+        `shift` [in − start], `total` [rows] and `second` [rows, in − start], float64 but for the shift.
+    """
     height, shift = block.stop - block.start, mean[block.start :]
     second = torch.zeros(height, len(shift), dtype=torch.float64, device=mean.device)
     return {"shift": shift, "total": torch.zeros_like(second[:, 0]), "second": second}
 
 
 def add_rows(sums: dict[str, Tensor], block: slice, rows: Tensor) -> None:
-    """Add rows [n, in] to a block."""
+    """Add inputs [n, in] to the sums of a block, in place."""
     for part in rows[:, block.start :].split(_ROWS):
         moved = part.float() - sums["shift"]
         sums["total"] += moved[:, : len(sums["total"])].sum(0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Models with different tokenizers brought to one vocabulary: rows of embeddings and heads in a new order."""
+"""Models with different tokenizers brought to one vocabulary: embeddings and heads with reordered rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TABLES = {
 }  # fmt: skip
 _IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id"}
 ABSENT, MEAN = -1, -2
-"""In place of a row's number: another model's token, and the mean of the model's rows (padding)."""
+"""In end of a row index in `RowMap.own`: a token of other models, and the mean of the model's rows (padding)."""
 
 
 @dataclass(frozen=True)
 class Donor:
-    """One row of another model's table."""
+    """One row of another model's embedding (and head)."""
 
     checkpoint: Checkpoint
     row: int
@@ -36,16 +36,20 @@ class Donor:
 
 @dataclass(frozen=True)
 class RowMap:
-    """Where each row of the new vocabulary comes from, for one model."""
+    """The source of each row of one model's embedding in the new vocabulary."""
 
     own: Sequence[int]
-    """The model's own row, ABSENT or MEAN."""
+    """By new token id: the model's own row index, ABSENT or MEAN."""
     donors: Mapping[int, Sequence[Donor]] = field(default_factory=dict)
-    """For absent rows the rows whose mean is taken; none: zeros."""
+    """By new token id, for ABSENT rows: the rows to average; zeros without any."""
 
 
 def token_tensors(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of tensors with one row a token: embedding, head, and the head's bias."""
+    """Return the names of tensors with one row per token: embedding, head, and the head's bias.
+
+    Raises:
+        InputError: there is none with as many rows as the config's `vocab_size`.
+    """
     rows, found = checkpoint.vocabulary_size, []
     for name, tensor in checkpoint.tensors.items():
         module = name.rpartition(".")[0].rpartition(".")[2]
@@ -60,8 +64,8 @@ def token_tensors(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-class Revocabulated(Checkpoint):
-    """A checkpoint whose tables of tokens have other rows; everything else is read as it is."""
+class ReindexedCheckpoint(Checkpoint):
+    """A checkpoint with another vocabulary: embedding and head rows follow a `RowMap`, all else is unchanged."""
 
     def __init__(self, checkpoint: Checkpoint, rows: RowMap) -> None:
         self._inner, self._rows = checkpoint, rows
@@ -71,7 +75,7 @@ class Revocabulated(Checkpoint):
             name: replace(stored, shape=(size, *stored.shape[1:])) if name in self._tables else stored
             for name, stored in checkpoint.tensors.items()
         }
-        super().__init__(checkpoint.source, checkpoint.files, tensors, renumbered(checkpoint.config, rows))
+        super().__init__(checkpoint.source, checkpoint.files, tensors, with_new_token_ids(checkpoint.config, rows))
         self._mean = cache(self._mean_row)
 
     def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> torch.Tensor:
@@ -94,7 +98,7 @@ class Revocabulated(Checkpoint):
         return values
 
     def close(self) -> None:
-        """Close the files. The other models' are their owners' to close."""
+        """Close this checkpoint's files, not those of donors."""
         self._inner.close()
         super().close()
 
@@ -106,8 +110,8 @@ class Revocabulated(Checkpoint):
         return total / tokens
 
 
-def renumbered(config: dict[str, Any], rows: RowMap) -> dict[str, Any]:
-    """Return a configuration with the new size of the vocabulary, and with the new numbers of the tokens it names."""
+def with_new_token_ids(config: dict[str, Any], rows: RowMap) -> dict[str, Any]:
+    """Return a configuration with the new `vocab_size`, and new ids of the tokens that it names (`eos_token_id`, …)."""
     new_of = {old: new for new, old in enumerate(rows.own) if old >= 0}
     changed = {
         key: [new_of.get(one, one) for one in value] if isinstance(value, list) else new_of.get(value, value)
@@ -118,24 +122,24 @@ def renumbered(config: dict[str, Any], rows: RowMap) -> dict[str, Any]:
         changed["vocab_size"] = len(rows.own)
     inner = config.get("text_config")
     if isinstance(inner, dict):
-        changed["text_config"] = renumbered(inner, rows)
+        changed["text_config"] = with_new_token_ids(inner, rows)
     return config | changed
 
 
-def renumbered_files(checkpoint: Checkpoint, rows: RowMap) -> dict[str, bytes]:
-    """Return the files beside a checkpoint, its configuration apart, that name tokens by number, renumbered."""
+def files_with_new_token_ids(checkpoint: Checkpoint, rows: RowMap) -> dict[str, bytes]:
+    """Return generation_config.json with new token ids, as bytes by file name; empty where the checkpoint has none."""
     generation = read_json(checkpoint.source.folder / "generation_config.json")
     if not generation:
         return {}
-    return {"generation_config.json": (json.dumps(renumbered(generation, rows), indent=2) + "\n").encode()}
+    return {"generation_config.json": (json.dumps(with_new_token_ids(generation, rows), indent=2) + "\n").encode()}
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first place, place after the last, first row) of stretches that lie side by side in the source."""
+    """Yield (begin, end, first source row) of new rows begin … end − 1 whose sources are consecutive."""
     begin = 0
-    for place in range(1, len(rows) + 1):
-        before = rows[place - 1]
-        if place < len(rows) and before >= 0 and rows[place] == before + 1:
+    for end in range(1, len(rows) + 1):
+        before = rows[end - 1]
+        if end < len(rows) and before >= 0 and rows[end] == before + 1:
             continue
-        yield begin, place, rows[begin]
-        begin = place
+        yield begin, end, rows[begin]
+        begin = end

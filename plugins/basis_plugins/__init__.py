@@ -1,1 +1,1 @@
-"""The transforms that come with basis, one a file, registered as any other package would register its own."""
+"""The methods that come with basis, one per file, registered by entry points as any package's methods are."""

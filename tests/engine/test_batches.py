@@ -17,7 +17,7 @@ from torch import Tensor
 import basiscli
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.engine import batches
-from basiscli.engine.batches import MOST_MEMBERS, do_task, in_batches
+from basiscli.engine.batches import MAX_TASKS, do_task, in_batches
 from basiscli.engine.tasks import Task
 from basiscli.engine.threads import Threads
 from basiscli.linalg import eigen
@@ -56,10 +56,10 @@ def test_a_cpu_makes_none() -> None:
 
 
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = [task(f"a{n:02}") for n in range(2 * MOST_MEMBERS + 1)]
+    many = [task(f"a{n:02}") for n in range(2 * MAX_TASKS + 1)]
     sizes = [len(names) for names in keys(in_batches(many, kind, device=GPU, done=()))]
-    assert sizes == [MOST_MEMBERS, MOST_MEMBERS, 1]
-    monkeypatch.setattr(batches, "MOST_BYTES", 10)
+    assert sizes == [MAX_TASKS, MAX_TASKS, 1]
+    monkeypatch.setattr(batches, "MAX_WORKSPACE", 10)
     large = [task("a1", 4), task("a2", 4), task("a3", 4), task("a4", 50), task("a5", 1)]
     assert keys(in_batches(large, kind, device=GPU, done=())) == [["a1", "a2"], ["a3"], ["a4"], ["a5"]]
 
@@ -269,7 +269,7 @@ def test_bytes_depend_on_what_goes_together_in_this_test(
 ) -> None:
     """What the tests above compare would differ if batches did."""
     whole = command(models, "pissa", tmp_path / "whole")
-    monkeypatch.setattr(batches, "MOST_MEMBERS", 4)
+    monkeypatch.setattr(batches, "MAX_TASKS", 4)
     assert not same(whole, command(models, "pissa", tmp_path / "smaller"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
 from basiscli.commands.kv.attention import Projector, cut_projections, set_bases, set_projections
-from basiscli.commands.kv.search import GreedySearch, exchanged, spectrum, uniform
+from basiscli.commands.kv.search import GreedySearch, move_levels, spectrum, uniform
 from basiscli.errors import InputError
 from basiscli.progress import Silent
 from basiscli.registry import Registry
@@ -245,7 +245,7 @@ def test_single_windows_that_do_not_count_are_passed_over() -> None:
 def test_the_cheapest_steps_go_where_they_gain_most() -> None:
     levels = torch.tensor([4, 4, 4, 4, 1, 8])
     cost, gain = torch.tensor([0.1, 5, 0.3, 5, 0.0, 5]), torch.tensor([0.0, 0.9, 0, 0.2, 0, 7.0])
-    new, moved = exchanged(levels, cost, gain, 5, LEVELS)
+    new, moved = move_levels(levels, cost, gain, 5, LEVELS)
     assert new.tolist() == [3, 5, 4, 4, 1, 8]  # 0.3 is not less than 0.2; the last is full, the fifth at its least
     assert moved == 1
     assert cost[1] == pytest.approx(0.9)
@@ -257,20 +257,20 @@ def test_the_cheapest_steps_go_where_they_gain_most() -> None:
 
 def test_an_entry_that_is_both_cheap_and_gains_is_raised() -> None:
     levels = torch.tensor([4, 4, 4])
-    new, moved = exchanged(levels, torch.tensor([-1.0, 0.2, 0.5]), torch.tensor([2.0, 0.3, 0.1]), 1, LEVELS)
+    new, moved = move_levels(levels, torch.tensor([-1.0, 0.2, 0.5]), torch.tensor([2.0, 0.3, 0.1]), 1, LEVELS)
     assert moved == 1
     assert new.tolist() == [5, 3, 4]
 
 
 def test_no_exchange_is_worth_it() -> None:
     levels = torch.full((2, 2), 3)
-    new, moved = exchanged(levels, torch.full((2, 2), 0.5), torch.full((2, 2), 0.4), 4, LEVELS)
+    new, moved = move_levels(levels, torch.full((2, 2), 0.5), torch.full((2, 2), 0.4), 4, LEVELS)
     assert moved == 0
     assert torch.equal(new, levels)
 
 
 def test_so_many_exchanges_at_most() -> None:
     levels, rising = torch.full((20,), 4), torch.arange(20.0)
-    new, moved = exchanged(levels, rising.clone(), rising.clone(), 3, LEVELS)
+    new, moved = move_levels(levels, rising.clone(), rising.clone(), 3, LEVELS)
     assert moved == 3
     assert new.tolist() == [3] * 3 + [4] * 14 + [5] * 3

@@ -17,7 +17,7 @@ from basiscli.engine.tensor_store import MemoryStore
 from basiscli.engine.threads import Threads
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
-from basiscli.model.moments import Modules, MomentsRun
+from basiscli.model.moments import CalibrationTargets, MomentsRun
 from basiscli.model.stored_moments import StoredMoments, add_rows, block_key, empty_sums, moment_blocks
 from basiscli.progress import Silent
 from basiscli.transforms import InputMoments
@@ -70,7 +70,7 @@ def layerwise(folder: Path, names: list[str], windows: Windows, workers: int = 1
     checkpoint = Checkpoint.open(resolve(str(folder)))
     nowhere: Any = None
     run = MomentsRun(
-        Modules(checkpoint, {n: n for n in names}), nowhere, Silent(), torch.device("cpu"), Threads(workers)
+        CalibrationTargets(checkpoint, {n: n for n in names}), nowhere, Silent(), torch.device("cpu"), Threads(workers)
     )
     found: dict[str, InputMoments] = {}
     for part in run.moments(windows):
@@ -126,7 +126,7 @@ def test_moments_are_the_same_bits_for_any_number_of_workers(
             assert torch.equal(getattr(moments, part), getattr(many[name], part)), (name, part)
 
 
-@pytest.mark.parametrize(("width", "band"), [(12, 512), (520, 512), (600, 32)])  # 1, 2, and 7 strips of 3 bands
+@pytest.mark.parametrize(("width", "band"), [(12, 512), (520, 512), (600, 32)])  # 1, 2, and 7 row blocks of 3 bands
 def test_a_large_mean_takes_no_digits(width: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of mean 1,000 and deviation 1: squares summed in float32 would leave no variance."""
     monkeypatch.setattr("basiscli.model.stored_moments._BAND", band)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from basiscli.linalg.svd import SVD, captured
+from basiscli.linalg.svd import SVD, svd_by_energy
 from tests.linalg.test_svd import matrix
 
 SMALL, LARGE = 90, 1100  # decomposed as a whole, and fast
@@ -133,7 +133,7 @@ def test_as_few_as_hold_the_share(shape: tuple[int, int], values: str, energy: f
     weight = matrix(shape, VALUES[values](min(shape)))
     shares = torch.linalg.svdvals(weight.double()).square()
     shares = shares.cumsum(0) / shares.sum()
-    u, s, vh = captured(weight, energy, 1000, SVD(exact, seed=0))
+    u, s, vh = svd_by_energy(weight, energy, 1000, SVD(exact, seed=0))
     rank = len(s)
     assert (u.shape, vh.shape) == ((shape[0], rank), (rank, shape[1]))
     assert shares[rank - 1] >= energy - 2e-6
@@ -150,8 +150,8 @@ def test_as_few_as_hold_the_share(shape: tuple[int, int], values: str, energy: f
 def test_not_more_than_the_most(most: int, exact: bool) -> None:
     weight = matrix((120, 200), VALUES["flat"](120))
     for energy in (0.5, 1.0):
-        needed = len(captured(weight, energy, 1000, SVD(exact, seed=0))[1])
-        s = captured(weight, energy, most, SVD(exact, seed=0))[1]
+        needed = len(svd_by_energy(weight, energy, 1000, SVD(exact, seed=0))[1])
+        s = svd_by_energy(weight, energy, most, SVD(exact, seed=0))[1]
         assert len(s) == min(needed, most)
         torch.testing.assert_close(s, torch.linalg.svdvals(weight)[: len(s)], rtol=2e-3, atol=0)
 
@@ -159,19 +159,19 @@ def test_not_more_than_the_most(most: int, exact: bool) -> None:
 @exactness
 @pytest.mark.parametrize("energy", [1e-9, 0.9, 1.0])
 def test_nothing_holds_all_of_a_zero_matrix(energy: float, exact: bool) -> None:
-    u, s, vh = captured(torch.zeros(40, 60), energy, 1000, SVD(exact, seed=0))
+    u, s, vh = svd_by_energy(torch.zeros(40, 60), energy, 1000, SVD(exact, seed=0))
     assert (u.shape, s.shape, vh.shape) == ((40, 0), (0,), (0, 60))
 
 
 @pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1)], ids=str)
 def test_a_row_or_a_column_is_one_vector(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, vh = captured(weight, 0.5, 1000, SVD(exact=False, seed=0))
+    u, s, vh = svd_by_energy(weight, 0.5, 1000, SVD(exact=False, seed=0))
     torch.testing.assert_close((u * s) @ vh, weight)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_the_scale_of_the_matrix_does_not_matter(scale: float) -> None:
     weight = matrix((120, 200), VALUES["slowly"](120))
-    found = [len(captured(weight * factor, 0.9, 1000, SVD(exact=True, seed=0))[1]) for factor in (1, scale)]
+    found = [len(svd_by_energy(weight * factor, 0.9, 1000, SVD(exact=True, seed=0))[1]) for factor in (1, scale)]
     assert found[0] == found[1]

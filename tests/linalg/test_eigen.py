@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from basiscli.linalg import eigen
-from basiscli.linalg.eigen import GivenUp, Step, eigh
+from basiscli.linalg.eigen import Aborted, Lockstep, eigh
 from basiscli.linalg.orthogonal import principal_axes
 from basiscli.linalg.svd import exact_svd, fast_svd
 
@@ -39,7 +39,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def in_step(*jobs: Callable[[], Any]) -> tuple[list[Any], list[BaseException | None]]:
     """Do jobs in threads of one step; return their results and errors."""
-    step = Step(len(jobs))
+    step = Lockstep(len(jobs))
     results: list[Any] = [None] * len(jobs)
     errors: list[BaseException | None] = [None] * len(jobs)
 
@@ -129,7 +129,7 @@ def test_an_error_ends_those_who_wait() -> None:
         raise ValueError("mine")
 
     _, errors = in_step(lambda: eigh(symmetric(0, 3, 3)), fails, lambda: eigh(symmetric(1, 3, 3)))
-    assert [type(error) for error in errors] == [GivenUp, ValueError, GivenUp]
+    assert [type(error) for error in errors] == [Aborted, ValueError, Aborted]
     assert eigen._here.eigh is None
 
 
@@ -139,16 +139,16 @@ def test_a_decomposition_that_fails_is_told_once() -> None:
 
     _, errors = in_step(broken, broken, broken)
     kinds = sorted(type(error).__name__ for error in errors)
-    assert kinds.count("GivenUp") == 2 and "LinAlgError" in kinds[-1]
+    assert kinds.count("Aborted") == 2 and "LinAlgError" in kinds[-1]
     _, errors = in_step(broken, broken, lambda: None)  # where the last thread ends, and so begins the decomposition
     assert sum(isinstance(error, RuntimeError) for error in errors) == 1
 
 
 def test_giving_up_from_outside() -> None:
-    step, ended = Step(2), threading.Event()
+    step, ended = Lockstep(2), threading.Event()
 
     def work() -> None:
-        with pytest.raises(GivenUp), step.member(0):
+        with pytest.raises(Aborted), step.member(0):
             eigh(symmetric(0, 3, 3))  # the other never comes
         ended.set()
 
@@ -156,7 +156,7 @@ def test_giving_up_from_outside() -> None:
     thread.start()
     time.sleep(0.02)
     assert not ended.is_set()
-    step.give_up()
+    step.abort()
     assert ended.wait(10)
 
 

@@ -374,11 +374,11 @@ def test_steps_without_names_get_their_commands(here: Path) -> None:
 
 def test_an_earlier_step_goes_before_a_folder_of_its_name_which_a_dot_names(here: Path) -> None:
     one = {"merge": ["a", "b"], "name": "b", "method": "linear"}
-    results = done(here, [one, {"merge": ["a", "b"], "name": "of_step", "method": "linear"}])
+    results = done(here, [one, {"merge": ["a", "b"], "name": "naming_step", "method": "linear"}])
     assert all(results.values())
     done(here, [one, {"merge": ["a", "./b"], "name": "of_folder", "method": "linear"}])
     a, b, name = dense(here / "a"), dense(here / "b"), "model.norm.weight"
-    torch.testing.assert_close(dense(here / "work" / "of_step")[name], (3 * a[name] + b[name]) / 4)
+    torch.testing.assert_close(dense(here / "work" / "naming_step")[name], (3 * a[name] + b[name]) / 4)
     torch.testing.assert_close(dense(here / "work" / "of_folder")[name], (a[name] + b[name]) / 2)
 
 

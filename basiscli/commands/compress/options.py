@@ -1,4 +1,4 @@
-"""What `basis compress` is told: what its two kinds are told, together."""
+"""The options of `basis compress`: those of KV caches and of adapters together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CompressOptions(RandomBases, KVOptions):
 
 
 def variant(given: Mapping[str, Any]) -> Command:
-    """Return the command that compresses what was given: an adapter by `nola`, else a KV cache.
+    """Return the command for the given options: an adapter's compression with `method="nola"`, else a KV cache's.
 
     Raises:
         UsageError: an option that only the other kind has.

@@ -1,4 +1,4 @@
-"""The main job on real models that come as Python packages: merge two published fine-tunes of MiniLM, and measure.
+"""A merge of two published fine-tunes of MiniLM that come as Python packages, with a measurement.
 
 The packages are used as folders of weights only; nothing of their code is imported.
 """
@@ -67,24 +67,27 @@ _OTHER_SKILLS = "Microsoft Office, Customer Service, Sales, Marketing"
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo did and measured."""
+    """The result of the demo."""
 
     path: Path
+    """The merged model's folder."""
     command: str
+    """The equivalent command line."""
     scores: dict[str, dict[str, float]]
     """Model → measure → value."""
     reading: list[str]
+    """Sentences on the scores."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data, for `--json`."""
         return asdict(self) | {"path": str(self.path)}
 
 
 def demo(output: str | Path = "basis-demo", *, progress: Progress | None = None) -> Demo:
-    """Merge the two fine-tunes into `output` and measure all four models.
+    """Merge the two fine-tunes into `output` and return the scores of base, fine-tunes and merge.
 
     Raises:
-        InputError: if the packages that carry the models are not installed.
+        InputError: the packages with the models are not installed.
     """
     folders = {name: model_folder(name) for name in MODELS}
     result = merge(
@@ -113,7 +116,11 @@ def demo(output: str | Path = "basis-demo", *, progress: Progress | None = None)
 
 
 def model_folder(name: str) -> Path:
-    """Return where the package with one of the models keeps it."""
+    """Return the folder of a model of `MODELS` in its installed package.
+
+    Raises:
+        InputError: the package is not installed.
+    """
     requirement, inside = MODELS[name]
     try:
         folder = Path(str(distribution(requirement.partition("==")[0]).locate_file(inside)))
@@ -129,7 +136,7 @@ def model_folder(name: str) -> Path:
 
 
 def measure(folder: str | Path) -> dict[str, float]:
-    """Return a MiniLM's mean cosine of the SRE pairs, and how much lower it scores a summary with the wrong skills."""
+    """Return a MiniLM's mean cosine over SRE pairs, and its mean cosine gap between right and wrong skills, by name."""
     embed = Encoder(folder)
     left, right = zip(*SRE_PAIRS, strict=True)
     similarity = (embed(left) * embed(right)).sum(1).mean()
@@ -141,7 +148,7 @@ def measure(folder: str | Path) -> dict[str, float]:
 
 
 class Encoder:
-    """Sentence embeddings of unit length: the mean of the last hidden states, as these models are trained."""
+    """Sentence embeddings of unit length by mean pooling of the last hidden states, as these models are trained."""
 
     def __init__(self, folder: str | Path) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -152,7 +159,7 @@ class Encoder:
         self._model = AutoModel.from_pretrained(folder).eval()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return one row a text."""
+        """Return embeddings [texts, d]."""
         import torch
 
         batch = self._tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")

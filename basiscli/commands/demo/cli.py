@@ -1,4 +1,4 @@
-"""`basis demo`: its options, and what the terminal shows of it."""
+"""Options and terminal output of `basis demo`."""
 
 from __future__ import annotations
 

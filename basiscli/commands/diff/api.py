@@ -21,14 +21,15 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How one tensor differs. Norms are Frobenius norms, in float64."""
+    """The difference of one tensor between models A and B. Norms are Frobenius norms in float64."""
 
     name: str
     equal: bool
-    """Every element is the same number."""
+    """Whether every element is the same number."""
     norm_a: float
     norm_b: float
     distance: float
+    """‖A − B‖."""
     largest: float
     """The largest absolute difference of an element."""
     cosine: float
@@ -42,12 +43,14 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Differences:
-    """All differences."""
+    """The differences between two models."""
 
     tensors: list[TensorDifference]
+    """Of common tensors with equal shapes, in natural order."""
     only_in_a: list[str]
     only_in_b: list[str]
     shapes_differ: dict[str, str]
+    """Both shapes as text, by name."""
 
     @property
     def relative(self) -> float:
@@ -56,11 +59,11 @@ class Differences:
 
     @property
     def identical(self) -> bool:
-        """Whether there is no difference at all."""
+        """Whether both have the same tensors with the same numbers."""
         return not (self.only_in_a or self.only_in_b or self.shapes_differ) and all(t.equal for t in self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data, for `--json`."""
         tensors = [asdict(t) | {"relative": t.relative} for t in self.tensors]
         return asdict(self) | {"identical": self.identical, "relative": self.relative, "tensors": tensors}
 
@@ -68,16 +71,16 @@ class Differences:
 def diff(
     a: str | Path, b: str | Path, *, base: str | Path | None = None, progress: Progress | None = None
 ) -> Differences:
-    """Compare two models.
+    """Return the differences between two models, read in blocks.
 
     Args:
         a: folder, weights file, Hub id or LoRA adapter (read as its base plus its update).
-        b: what to compare it with.
+        b: the model to compare it with.
         base: the base of adapters; by default the one they name.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
 
     Raises:
-        UsageError, InputError, HubError: not there, damaged, or an adapter without a base.
+        UsageError, InputError, HubError: a model is missing or damaged, or an adapter names no base.
     """
     first, second = (_open(str(model), None if base is None else str(base)) for model in (a, b))
     show = progress or Silent()

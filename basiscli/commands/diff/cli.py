@@ -1,4 +1,4 @@
-"""`basis diff`: its options, and what the terminal shows of it."""
+"""Options and terminal output of `basis diff`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from basiscli.commands.expand.lora import PlainLoRA, write_lora
 from basiscli.commands.expand.options import ExpandOptions
 from basiscli.commands.expand.values import ValuesAsLoRA
 from basiscli.commands.merge.api import merge
-from basiscli.engine.output_place import output_place
+from basiscli.engine.output_folder import output_folder
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve
 from basiscli.progress import Progress, Silent
@@ -54,7 +54,7 @@ def expand(adapter: str | Path, *, progress: Progress | None = None, **options: 
 
     Args:
         adapter: folder or Hub id of the trained adapter.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -108,6 +108,6 @@ def _as_lora(source: Source, initial: str | None, base: str | None) -> PlainLoRA
 
 def _written(lora: PlainLoRA, out: Path, *, overwrite: bool) -> ExpandResult:
     with closing(lora):
-        folder = output_place(out, lora.sources, overwrite=overwrite)
+        folder = output_folder(out, lora.sources, overwrite=overwrite)
         digest = write_lora(lora, folder, overwrite=overwrite)
     return ExpandResult(folder, "adapter", digest, lora.modules)

@@ -14,7 +14,7 @@ from basiscli.checkpoints.layout import Layout
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.writer import PartialOutput
 from basiscli.commands.expand.card import expanded_card
-from basiscli.engine.output_place import check_disk
+from basiscli.engine.output_folder import check_disk
 from basiscli.errors import InputError, UsageError
 from basiscli.reports.schema import read_report
 

@@ -15,7 +15,7 @@ from basiscli.commands.init.calibration import DEFAULT_LENGTH, DEFAULT_TOKENS, C
 from basiscli.commands.init.options import ExtractOptions, InitOptions
 from basiscli.commands.init.plan import InitPlan, make_plan
 from basiscli.commands.init.result import InitResult
-from basiscli.engine.cluster import cluster_of, device_of, engine_of
+from basiscli.engine.cluster import cluster_of, device_of, open_engine
 from basiscli.engine.settings import Cluster, run_settings
 from basiscli.hub.resolve import resolve
 from basiscli.model.names import names_say_everything
@@ -51,7 +51,7 @@ def init(model: str | Path, *, progress: Progress | None = None, **options: Any)
 
     Args:
         model: a folder, a weights file or a Hub id.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -70,7 +70,7 @@ def extract(model: str | Path, *, base: str | Path, progress: Progress | None = 
     Args:
         model: the fine-tuned model.
         base: what it was tuned from.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -136,7 +136,7 @@ def run_init(plan: InitPlan, progress: Progress) -> InitResult:
 
     device = device_of(plan.settings)
     with (
-        engine_of(plan, plan.settings) as engine,
+        open_engine(plan, plan.settings) as engine,
         partial_output(plan, progress, resume=plan.settings.resume) as output,
     ):
         run = run_type(plan)(plan, output, progress, device, engine)

@@ -17,7 +17,7 @@ from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.formats import LoRAFormat
 from basiscli.commands.init.run import Entry, InitRun, norm_and_energy, shown
 from basiscli.errors import BasisError, InputError
-from basiscli.linalg.svd import captured
+from basiscli.linalg.svd import svd_by_energy
 
 
 class EnergyRun(InitRun):
@@ -51,7 +51,7 @@ class EnergyRun(InitRun):
         """Keep of one difference U Σ Vᵀ what holds the energy: A = √Σ_r V_rᵀ and B = U_r √Σ_r, in a scratch file."""
         assert self.plan.energy is not None
         weight, read = self.read_weight(name)
-        u, s, vh = captured(weight, self.plan.energy, self.plan.rank, self.svd(name))
+        u, s, vh = svd_by_energy(weight, self.plan.energy, self.plan.rank, self.svd(name))
         rest = weight - (u * s) @ vh
         root = s.sqrt()
         factors = [root[:, None] * vh, u * root]

@@ -30,7 +30,7 @@ from basiscli.commands.init.checks import (
 from basiscli.commands.init.formats import AdapterFormat, Module, format_of
 from basiscli.commands.init.price import init_price
 from basiscli.commands.init.targets import find_targets, in_model_order
-from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.output_folder import check_disk, output_folder
 from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.pricing import Price
 from basiscli.engine.rates import MEASURED, Rates
@@ -250,7 +250,7 @@ def make_plan(
     if method.trains == "values":
         targets = in_model_order(model, targets)
     notes = check_pair(model, other, targets) if other is not None else []
-    folder = output_place(
+    folder = output_folder(
         out or Path(f"{source.label.rpartition('/')[2].partition('@')[0]}-{method.name}"),
         [source, *(checkpoint.source for checkpoint in checkpoints)],
         overwrite=settings.overwrite,

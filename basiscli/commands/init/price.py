@@ -8,7 +8,7 @@ from typing import Protocol
 from pydantic import BaseModel
 
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.pricing import Price, bytes_to_download, exact_svd_flops, fast_svd_flops, flops_a_worker
+from basiscli.engine.pricing import Price, bytes_to_download, exact_svd_flops, fast_svd_flops, flops_per_worker
 from basiscli.engine.rates import Rates
 from basiscli.engine.settings import Settings
 from basiscli.model.architecture import kind_by_name
@@ -78,7 +78,7 @@ def _from_weights(plan: _Plan, rates: Rates) -> tuple[float, float]:
     exact = plan.exact or plan.method.name == "milora"
     decompose, per_second = (exact_svd_flops, rates.exact_flops) if exact else (fast_svd_flops, rates.fast_flops)
     work = [(decompose(plan.model.tensors[name].shape, plan.rank), plan.workspace(name)) for name in plan.targets]
-    own = flops_a_worker(work, plan.settings.workers, plan.settings.shared_memory)
+    own = flops_per_worker(work, plan.settings.workers, plan.settings.shared_memory)
     return sum(flops for flops, _ in work), own / per_second
 
 

@@ -18,7 +18,7 @@ from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.init.stored import as_stored, write_stored
 from basiscli.engine.batches import in_batches
 from basiscli.engine.copying import copy_tensor
-from basiscli.engine.devices import within_memory
+from basiscli.engine.devices import explain_out_of_memory
 from basiscli.engine.tasks import Engine, Task
 from basiscli.errors import InputError
 from basiscli.linalg.finite import is_finite
@@ -56,7 +56,7 @@ class InitRun(ABC):
             InputError: a NaN or Inf, a file that changed while it was read, calibration that cannot be used.
             ResourceError: memory or disk ran out.
         """
-        with within_memory("fewer --workers, or --device cpu; the same command goes on where this one stopped"):
+        with explain_out_of_memory("fewer --workers, or --device cpu; the same command goes on where this one stopped"):
             self.write_weights()
         return self.output.finished
 

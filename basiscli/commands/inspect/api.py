@@ -1,4 +1,4 @@
-"""What is in a checkpoint or adapter, from its headers and JSON alone: no torch, no weights."""
+"""Contents of a checkpoint or adapter, from its headers and JSON; without torch and without reading weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from basiscli.reports.schema import read_report
 
 @dataclass(frozen=True)
 class Group:
-    """All tensors of one kind."""
+    """Totals over the tensors of one kind."""
 
     kind: str
     tensors: int
@@ -31,20 +31,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found."""
+    """The contents of a checkpoint or adapter."""
 
     kind: str
+    """'checkpoint' or 'adapter'."""
     path: Path
     repo_id: str | None
     revision: str | None
     facts: dict[str, Any]
-    """Named facts in the order to show them."""
+    """Architecture, layers, base and more, by their names, in the order to show them."""
     groups: list[Group]
     total: Group
     tensors: list[TensorSpec]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data, for `--json`."""
         tensors = [
             {
                 "name": t.name,
@@ -59,13 +60,13 @@ class Inspection:
 
 
 def inspect(model: str | Path) -> Inspection:
-    """Read the headers of a model; of a model of the Hub that is not here, nothing else is fetched.
+    """Return the contents of a model from its headers; of a Hub model that is not cached, only headers are fetched.
 
     Args:
         model: folder, weights file, Hub id or LoRA adapter; the files may end where their data would begin.
 
     Raises:
-        InputError, HubError: not there, or damaged.
+        InputError, HubError: the model is missing or damaged.
     """
     source = resolve(str(model), headers_only=True)
     if is_tinylora(source):

@@ -1,4 +1,4 @@
-"""`basis inspect`: its options, and what the terminal shows of it."""
+"""Options and terminal output of `basis inspect`."""
 
 from __future__ import annotations
 

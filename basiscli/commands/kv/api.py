@@ -29,9 +29,10 @@ __all__ = ["CompressResult", "KVOptions", "compress", "plan", "plan_compress", "
 
 @dataclass(frozen=True)
 class CompressResult:
-    """Where the result is, and its report."""
+    """A finished compression: the output folder, and its report."""
 
     path: Path
+    """The folder of the new checkpoint."""
     report: Report
 
 
@@ -47,7 +48,7 @@ def compress(model: str | Path = ".", *, progress: Progress | None = None, **opt
 
     Args:
         model: a folder, a weights file or a Hub id; an earlier result keeps its bases and gets new ranks.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -64,7 +65,7 @@ def plan_compress(model: str | Path = ".", **options: Any) -> KVPlan:
 
 
 def plan(options: KVOptions) -> KVPlan:
-    """Return the plan of what the options ask for."""
+    """Return the plan of a compression with these options, as `plan_compress` does."""
     ratio, budget = options.kv_ratio, options.kv_budget
     if (ratio is None) == (budget is None):
         raise UsageError("give one of kv_ratio and kv_budget", remedy="--kv-ratio 0.6 removes 60 % of the KV cache")
@@ -95,7 +96,11 @@ def plan(options: KVOptions) -> KVPlan:
 
 
 def run_compress(plan: KVPlan, progress: Progress) -> CompressResult:
-    """Carry out a plan."""
+    """Run a plan and return the output folder and report.
+
+    Raises:
+        UsageError, InputError, ResourceError: as for `compress`.
+    """
     started = time.monotonic()
     refuse_headers_only(plan.settings.headers_only)
     from basiscli.checkpoints.files import REPORT

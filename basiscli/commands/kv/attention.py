@@ -1,4 +1,4 @@
-"""What stands in a model's attention while its bases are found: statistics, and projections with a gradient."""
+"""Attention functions put into a model while its bases are found: second moments, and projections with a gradient."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from basiscli.runtime.kv_projection import plain_attention
 
 
-class Moments(nn.Module):
-    """Dense attention that adds up second moments of what it sees.
+class AttentionMomentSums(nn.Module):
+    """Dense attention that sums second moments of its queries, keys and values.
 
     `keys` and `values` are float64 sums of kᵀk and vᵀv [KV heads, d, d]; `queries` is the same of the queries, summed
     over the group of heads that shares a KV head. The products are float32, a forward's at a time.
 
-    Threads may run the model side by side: each has sums of its own.
+    Threads may run the model at the same time: each has its own sums.
     """
 
     def __init__(self) -> None:
@@ -27,20 +27,20 @@ class Moments(nn.Module):
 
     @property
     def sums(self) -> dict[str, Tensor]:
-        """This thread's."""
+        """This thread's sums by name, each float64 [KV heads, d, d] on the CPU."""
         found: dict[str, Tensor] = self._here.sums
         return found
 
     def begin(self) -> None:
-        """Let this thread's sums begin at nothing."""
+        """Reset this thread's sums."""
         self._here.sums = {}
 
-    def count(self, tokens: Tensor | None) -> None:
-        """Say which tokens of this thread's next forward count [batch, tokens]: padding does not; None for all."""
-        self._here.counted = tokens
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Set which tokens of this thread's next forward are summed, [batch, tokens] of 0 and 1; None for all."""
+        self._here.counted = mask
 
     def forward(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-        """Attend and add."""
+        """Return attention over query [B, heads, T, d] and key, value [B, KV heads, T, d], and add to the sums."""
         sums, counted = self.sums, self._here.counted
         grouped = query.unflatten(1, (key.shape[1], -1))  # [B, H, G, T, d]
         for name, x in (("keys", key[:, :, None]), ("values", value[:, :, None]), ("queries", grouped)):
@@ -63,28 +63,30 @@ class Projector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.key: Tensor | None = None
+        """P_K; None for dense keys."""
         self.value: Tensor | None = None
+        """P_V; None for dense values."""
 
     def forward(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-        """Project and attend."""
+        """Return attention over query [B, heads, T, d] and the projected key, value [B, KV heads, T, d]."""
         if self.key is not None and self.value is not None:
             key, value = key @ self.key.to(key.dtype), value @ self.value.to(value.dtype)
         return plain_attention(query, key, value, *rest)
 
 
 def cut_projections(bases: Tensor, strength: Tensor) -> Tensor:
-    """Return U diag(s) Uᵀ for bases [..., d, d] and the strengths of their columns [..., d]: 1 for one that is kept."""
+    """Return projections U diag(s) Uᵀ [..., d, d] for bases U and column weights s [..., d], 1 for a kept column."""
     return (bases * strength[..., None, :].to(bases.dtype)) @ bases.mT
 
 
 def set_projections(projectors: Sequence[Projector], projections: Tensor) -> None:
-    """Project in all layers by these matrices [layers, 2, KV heads, d, d]."""
+    """Set the projections of all layers: [layers, 2 (keys, values), KV heads, d, d]."""
     for projector, (key, value) in zip(projectors, projections, strict=True):
         projector.key, projector.value = key, value
 
 
 def set_bases(projectors: Sequence[Projector], bases: Tensor | None, ranks: Tensor | None = None) -> None:
-    """Project in all layers by bases [layers, 2, KV heads, d, d] cut at ranks [layers, 2, KV heads], or by none."""
+    """Set projections by bases [layers, 2, KV heads, d, d] cut at ranks [layers, 2, KV heads]; None for none."""
     if bases is None or ranks is None:
         for projector in projectors:
             projector.key = projector.value = None

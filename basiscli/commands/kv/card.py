@@ -9,7 +9,7 @@ from basiscli.reports.schema import Report
 
 
 def kv_card(plan: KVPlan, report: Report) -> bytes:
-    """Return the bytes of `README.md`: how much of the cache is left, and how to load the model."""
+    """Return the model card (`README.md`): how much of the cache is kept, and how to load the model."""
     metadata = metadata_of(plan.model.source, "quantized", report, library="transformers", tag="kv-cache")
     usage = f'import basiscli\n\nmodel, tokenizer = basiscli.load("{plan.out.name}")'
     return card(metadata, plan.out.name, report, contribute, usage=usage)

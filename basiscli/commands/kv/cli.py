@@ -1,4 +1,4 @@
-"""What the terminal shows of a compression of the KV cache."""
+"""Terminal output of `basis compress` for a KV cache: its plan and its summary."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class KVView(View):
-    """Plan and report of a smaller KV cache."""
+    """Shows the plan and report of a KV compression at the terminal."""
 
     def forecast(self, plan: KVPlan) -> list[str]:
-        """Return the calibration text, the training's steps, and what all of it will take."""
+        """Return lines printed before the run: calibration text, training steps, estimated cost."""
         return [*self._advice(plan), plan.price().sentence()]
 
     def _advice(self, plan: KVPlan) -> list[str]:
@@ -30,7 +30,7 @@ class KVView(View):
         return lines
 
     def summary(self, report: Report) -> str:
-        """Return bytes a token and the time of each part."""
+        """Return a finished compression in lines: kept dimensions, bytes per token, search, seconds of each part."""
         kv, cost = report.kv, report.cost
         assert kv is not None
         keys, values = (sum(map(sum, ranks)) / sum(map(len, ranks)) for ranks in (kv.key_ranks, kv.value_ranks))
@@ -53,7 +53,7 @@ class KVView(View):
         return "\n".join(lines)
 
     def document(self, plan: KVPlan) -> dict[str, Any]:
-        """Return the plan as plain data."""
+        """Return the plan as plain data, for `--dry-run --json`."""
         return {
             "output": str(plan.out),
             "method": plan.method.name,
@@ -74,7 +74,7 @@ class KVView(View):
         }
 
     def show_plan(self, out: Output, plan: KVPlan) -> None:
-        """Print the plan."""
+        """Print the plan, for `--dry-run`."""
         out.line(f"{plan.method.name} {plan.model.source.spec} → {plan.out}")
         out.line(
             f"{plan.shape.layers} layers of {plan.shape.heads} KV heads of {plan.shape.dim} dimensions: "

@@ -1,4 +1,4 @@
-"""Putting the bases of the values into the weights, where attention lets them through unchanged.
+"""Folding the values' bases into the weights W_v and W_o, after which they cost nothing at run time.
 
 W_v ← U_Vᵀ W_v (its bias, too) and W_o ← W_o U_V: attention weighs values and adds them up, which commutes with a
 rotation of each head's dimensions. The folded model is the dense model in other coordinates.
@@ -20,28 +20,28 @@ from basiscli.errors import InputError
 
 @dataclass(frozen=True)
 class Fold:
-    """Where one layer's values and outputs are in the weights."""
+    """The weights of one layer that its values' bases are folded into, and how."""
 
     layer: int
     module: str
     """The attention module's name."""
     shape: KVShape
     group: int
-    """Query heads a KV head."""
+    """Query heads per KV head."""
     fused: bool
-    """Queries, keys and values come of one projection, in this order."""
+    """Whether queries, keys and values have one projection, `qkv_proj`, in this order."""
     changed: str | None
-    """What is done to values after their projection, if anything: then nothing can be folded."""
+    """How values are changed after their projection (`normalised`, `clipped`), which forbids folding; else None."""
 
     @property
     def _value(self) -> str:
         return f"{self.module}.qkv_proj" if self.fused else f"{self.module}.v_proj"
 
     def weights(self, checkpoint: Checkpoint) -> list[str]:
-        """Return the tensors that change.
+        """Return the names of the tensors that folding changes.
 
         Raises:
-            InputError: if the checkpoint has other names, or attention does not commute with a rotation of values.
+            InputError: the checkpoint lacks one, or attention does not commute with a rotation of values.
         """
         needed = [f"{self._value}.weight", f"{self.module}.o_proj.weight"]
         missing = [name for name in needed if name not in checkpoint.tensors]
@@ -56,7 +56,7 @@ class Fold:
         return [*needed, *([bias] if bias in checkpoint.tensors else [])]
 
     def folded(self, name: str, stored: Tensor, bases: Tensor) -> Tensor:
-        """Return a weight or bias with the values' bases [KV heads, d, d] folded in, in float64."""
+        """Return one of these tensors with the values' bases [KV heads, d, d] folded in, in float64."""
         wide, turn = stored.double(), bases.double()
         heads, dim = self.shape.heads, self.shape.dim
         if name.startswith(f"{self.module}.o_proj"):
@@ -68,7 +68,7 @@ class Fold:
         return torch.cat([wide[:first], turned, wide[first + heads * dim :]])
 
     def output_moments(self, model: Any) -> Tensor:
-        """Return W_oᵀ W_o of each KV head's inputs [KV heads, d, d] in float64; the identity where there is no W_o."""
+        """Return W_oᵀ W_o over each KV head's inputs, float64 [KV heads, d, d]; the identity without `o_proj`."""
         projection = getattr(model.get_submodule(self.module), "o_proj", None)
         if not isinstance(projection, nn.Linear):
             return torch.eye(self.shape.dim, dtype=torch.float64).expand(self.shape.heads, -1, -1)
@@ -79,7 +79,7 @@ class Fold:
 
 
 def folds_of(model: Any, modules: Sequence[nn.Module], shape: KVShape) -> list[Fold]:
-    """Return where the values of each layer are."""
+    """Return one `Fold` per layer, given the model and its attention modules in order."""
     names = {module: name for name, module in model.named_modules()}
     return [
         Fold(layer, names[module], shape, _group(module, shape), hasattr(module, "qkv_proj"), _changed(module))

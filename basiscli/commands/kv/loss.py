@@ -1,4 +1,4 @@
-"""A compressed model's logits against the dense model's."""
+"""Losses between a compressed model's logits and the dense model's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ _LOSS_TOKENS = 64
 
 
 def loss_and_gradient(method: KVCompression, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Return a method's loss and its gradient by the student's logits [windows, tokens, vocabulary].
+    """Return a method's loss, mean over counted tokens, and its gradient [windows, tokens, vocabulary].
 
-    Tokens whose label is −100 do not count.
+    Args:
+        method: has the loss.
+        student: logits of the compressed model [windows, tokens, vocabulary].
+        teacher: logits of the dense model, the same shape.
+        labels: next tokens [windows, tokens]; −100 where a token does not count.
     """
     total, gradient = 0.0, torch.zeros_like(student)
     for rows, share in _blocks(labels):
@@ -30,7 +34,7 @@ def loss_and_gradient(method: KVCompression, student: Tensor, teacher: Tensor, l
 
 
 def loss_alone(method: KVCompression, student: Tensor, teacher: Tensor, labels: Tensor) -> float:
-    """Return the loss that `loss_and_gradient` returns, without the work for its gradient."""
+    """Return the loss of `loss_and_gradient` without its gradient."""
     total = 0.0
     with torch.no_grad():
         for rows, share in _blocks(labels):
@@ -40,7 +44,7 @@ def loss_alone(method: KVCompression, student: Tensor, teacher: Tensor, labels: 
 
 
 def _blocks(labels: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """Yield the places of a block of tokens that count, and its share of all.
+    """Yield indices of a block of counted tokens, and the block's share of all.
 
     With a vocabulary of 50,000 the intermediate results of a whole batch take more memory and time than the model.
     """
@@ -50,7 +54,7 @@ def _blocks(labels: Tensor) -> Iterator[tuple[Tensor, float]]:
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> float:
-    """Return the sum over counted tokens of KL(dense ‖ compressed), in nats."""
+    """Return KL(dense ‖ compressed) in nats, summed over counted tokens, of logits [windows, tokens, vocabulary]."""
     total = 0.0
     for q, p, label in zip(student, teacher, labels.to(student.device), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What `basis compress` is told about a KV cache."""
+"""The options of `basis compress` for a KV cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TRAINING = "Training and search"
 
 
 class Training(Options):
-    """How much is learned, and from how much text at a time."""
+    """Options of training and search."""
 
     train_steps: Annotated[int, option("Steps of training; 0 for none.", panel=_TRAINING)] = 800
     batch: Annotated[int, option("Windows a step.", panel=_TRAINING)] = 2

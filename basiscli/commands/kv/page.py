@@ -1,4 +1,4 @@
-"""A compressed KV cache's part of its report: ranks and energies of its bases, their training, and what can use it."""
+"""A KV compression's part of its report: ranks, energies and training of the bases, and engines that use them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_HEADS = 8  # that have rows of their own
 
 
 def contribute(report: Report, evaluations: Sequence[EvaluationRecord] = ()) -> Contribution:
-    """Return what a report of `basis compress MODEL` says beside what all reports say."""
+    """Return the parts of a report that only `basis compress MODEL` has; empty for a report without `kv`."""
     kv = report.kv
     if kv is None:
         return Contribution()
@@ -46,7 +46,7 @@ def contribute(report: Report, evaluations: Sequence[EvaluationRecord] = ()) -> 
 
 
 def ranks(kv: KVRecord) -> HeatMap:
-    """Return how many dimensions each KV head keeps, keys above values; of many heads their mean."""
+    """Return a heat map of kept dimensions by layer and KV head, keys above values; above 8 heads their mean."""
     rows: dict[str, list[float]] = {}
     for what, of_layers in (("keys", kv.key_ranks), ("values", kv.value_ranks)):
         heads = len(of_layers[0]) if of_layers else 0
@@ -60,7 +60,7 @@ def ranks(kv: KVRecord) -> HeatMap:
 
 
 def energies(kv: KVRecord) -> Iterator[Curves]:
-    """Yield the share of the energy that the first columns of a basis hold together, of keys and of values."""
+    """Yield the cumulative energy of the bases' columns, of keys and of values, as a figure."""
     if kv.key_energy and kv.value_energy:
         both = (("keys", kv.key_energy), ("values", kv.value_energy))
         series = tuple(Series(name, tuple(range(1, len(e) + 1)), tuple(_sums(e))) for name, e in both)
@@ -69,7 +69,7 @@ def energies(kv: KVRecord) -> Iterator[Curves]:
 
 
 def loss_curve(kv: KVRecord) -> Iterator[Curves]:
-    """Yield the loss over the steps of the training, and its running mean."""
+    """Yield the training loss by step with its running mean, as a figure; nothing without training."""
     losses = [value for value in kv.losses if math.isfinite(value)]
     if len(losses) < 2:
         return
@@ -85,7 +85,7 @@ def loss_curve(kv: KVRecord) -> Iterator[Curves]:
 
 
 def ratio_curve(evaluations: Sequence[EvaluationRecord]) -> Iterator[Curves]:
-    """Yield perplexity by the removed share of the cache, where two or more evaluations are of the same text."""
+    """Yield perplexity by the removed share of the cache, as a figure; needs two evaluations on the same text."""
     if not evaluations:
         return
     text = (evaluations[0].text, evaluations[0].tokens)

@@ -1,4 +1,4 @@
-"""The plan of a KV compression: what can be refused is refused here, from configuration and headers."""
+"""The plan of a KV compression, checked from the model's configuration and headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.kv.price import kv_price
 from basiscli.commands.kv.shape import KVShape, kv_shape
-from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.output_folder import check_disk, output_folder
 from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.pricing import Price
 from basiscli.engine.rates import MEASURED, Rates
@@ -36,23 +36,23 @@ Export = Literal["remote-code"]
 SEARCH_BATCH = 4
 """Windows of held-out text in one forward of the search of ranks."""
 TEACHER_BYTES = 1 << 29
-"""Up to this size the search keeps the dense model's logits of held-out text."""
+"""Up to so many bytes, the search keeps the dense model's logits of held-out text in memory."""
 
 
 @dataclass(frozen=True)
 class KVSettings:
-    """How a compression is done; nothing here says how much is kept."""
+    """Settings of a KV compression, apart from how much of the cache it keeps."""
 
     train_steps: int = 800
     batch: int = 2
-    """Windows a training step."""
+    """Windows per training step."""
     length: int = 256
-    """Tokens a window."""
+    """Tokens per window."""
     moment_windows: int = 64
-    """Windows over which second moments are taken."""
+    """Windows over which second moments are summed."""
     search: Search = "greedy"
     search_windows: int = 8
-    """Windows of held-out text by which ranks are chosen."""
+    """Held-out windows by which ranks are chosen."""
     calibration: str | None = None
     """A file or folder of text; by default the text that comes with basis."""
     fold_values: bool = False
@@ -66,14 +66,14 @@ class KVSettings:
     resume: bool = True
     overwrite: bool = False
     headers_only: bool = False
-    """Plan on headers, wherever the data is: to be priced, not to be carried out."""
+    """Whether to plan from headers, without the model's data: such a plan has a price and cannot be run."""
     cluster: Cluster | None = None
-    """Where the statistics are taken, if not on this machine."""
+    """The Ray cluster that takes the statistics; None for threads of this process."""
 
 
 @dataclass(frozen=True)
 class KVPlan:
-    """All that a KV compression will do, as far as the configuration and headers tell."""
+    """A KV compression that is checked and ready to run: the opened model, the cache's shape, budget and layout."""
 
     out: Path
     model: Checkpoint
@@ -82,10 +82,10 @@ class KVPlan:
     ratio: float
     """Share of the cache that is removed."""
     budget: int
-    """Sum over layers, keys and values, and KV heads of the levels that stay."""
+    """Levels that are kept, summed over layers, keys and values, and KV heads; see `KVShape.levels`."""
     shape: KVShape
     earlier: KVConfig | None
-    """Of an input that was compressed before: its bases are used as they are."""
+    """The KV configuration of an input that was compressed before, whose bases are kept; else None."""
     layout: Layout
     settings: KVSettings
     notes: list[str]
@@ -102,22 +102,22 @@ class KVPlan:
 
     @property
     def kept(self) -> float:
-        """Share of all levels that stays."""
+        """Share of the cache that is kept."""
         return self.budget / (math.prod(self.shape.entries) * self.shape.levels)
 
     @property
     def searches(self) -> bool:
-        """Whether ranks will be searched by their effect on the model."""
+        """Whether ranks are searched by the loss on held-out text (`--search greedy`)."""
         return self.settings.search == "greedy" and self.kept < 1
 
     @property
     def folds(self) -> bool:
-        """Whether the weights of this output hold the bases of the values."""
+        """Whether the output's weights have the values' bases folded in."""
         return self.settings.fold_values or bool(self.earlier and self.earlier.values_folded)
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of tensors at most, about: weights in float32, and what one batch keeps for its backward.
+        """Estimated bytes of tensors at most: weights in float32, and activations of one batch for its backward.
 
         A token keeps four times its logits, and in each layer what was measured to be 8 times the hidden size and 4
         times the widest of its matrices.
@@ -134,12 +134,12 @@ class KVPlan:
         return 4 * sum(t.count for t in tensors) + settings.length * batch * token + kept
 
     def price(self, rates: Rates = MEASURED) -> Price:
-        """Return the bytes, the operations and the hours that it would take at these rates."""
+        """Return the estimated cost in bytes, operations and seconds at these rates."""
         return kv_price(self, SEARCH_BATCH, rates)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides the result."""
+        """Digest of all that the result depends on."""
         settings = {
             name: value
             for name, value in vars(self.settings).items()
@@ -173,13 +173,13 @@ def plan_kv(
     Args:
         source: the model.
         ratio: share of the cache to remove.
-        method: finds the bases.
+        method: a KV compression, which gives the bases.
         parameters: of the method, by name.
         out: folder to write; by default MODEL-kvRATIO beside the model.
-        settings: how it is done.
+        settings: of the run.
 
     Raises:
-        UsageError, InputError, ResourceError: whatever can be refused before the model is loaded.
+        UsageError, InputError, ResourceError: anything wrong that shows before the model is loaded.
     """
     if not 0 <= ratio < 1:
         raise UsageError(
@@ -197,7 +197,7 @@ def plan_kv(
     shape = kv_shape(model.source)
     _check_loadable(model)
     if settings.export:
-        exported_files(json.dumps(model.config).encode())  # whether it can be done is said now
+        exported_files(json.dumps(model.config).encode())  # raises now if it cannot be done
     earlier = read_kv_config(model.source.folder)
     if earlier is not None and [len(earlier.key_ranks), len(earlier.key_ranks[0]), earlier.head_dim] != [
         shape.layers, shape.heads, shape.dim,
@@ -215,7 +215,7 @@ def plan_kv(
     ]
     layout = Layout.plan(sorted(specs, key=lambda t: natural_key(t.name)), settings.shard_bytes)
     beside = _beside(source)
-    place = output_place(
+    folder = output_folder(
         beside.with_name(f"{beside.name}-kv{ratio:g}") if out is None else out,
         [source, model.source],
         overwrite=settings.overwrite,
@@ -223,9 +223,9 @@ def plan_kv(
     notes = []
     if earlier is not None:
         notes.append(f"the bases of {source.label} are used as they are; only the ranks are searched")
-    plan = KVPlan(place, model, method, values, ratio, budget, shape, earlier, layout, settings, notes)
+    plan = KVPlan(folder, model, method, values, ratio, budget, shape, earlier, layout, settings, notes)
     bases = tensor_bytes("F32", (*shape.entries, shape.dim, shape.dim))
-    check_disk(place, layout.nbytes + 5 * bases, headers_only=settings.headers_only)
+    check_disk(folder, layout.nbytes + 5 * bases, headers_only=settings.headers_only)
     return plan
 
 

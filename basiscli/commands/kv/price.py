@@ -1,4 +1,4 @@
-"""What compressing a KV cache costs, from the headers of its model alone."""
+"""The cost estimate of a KV compression, from the headers of its model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SEARCH_ROUNDS = 15  # until three in a row find nothing better: 10 to 24 on Smo
 
 
 class _Settings(Protocol):
-    """What a price asks of a `KVSettings`."""
+    """The fields of a `KVSettings` that a price needs."""
 
     @property
     def length(self) -> int: ...
@@ -28,7 +28,7 @@ class _Settings(Protocol):
 
 
 class _Plan(Protocol):
-    """What a price asks of a `KVPlan`, which imports this file and not the other way round."""
+    """The fields of a `KVPlan` that a price needs; `plan.py` imports this file, and not the other way round."""
 
     @property
     def model(self) -> Checkpoint: ...
@@ -45,14 +45,14 @@ class _Plan(Protocol):
 
 
 def kv_price(plan: _Plan, search_batch: int, rates: Rates) -> Price:
-    """Return the bytes, the operations and the time of compressing a KV cache.
+    """Return the estimated cost of a KV compression: bytes, floating-point operations and seconds.
 
-    How many rounds a search of ranks needs is known when it is done; the usual number is counted.
+    The search is counted with its usual number of rounds.
 
     Args:
         plan: of the compression.
-        search_batch: windows a round of the search.
-        rates: of one worker.
+        search_batch: windows per round of the search.
+        rates: measured throughput of one worker.
     """
     settings, length = plan.settings, plan.settings.length
     tensors = plan.model.tensors.values()

@@ -28,9 +28,16 @@ from basiscli.reports.schema import (
 from basiscli.transforms import Kind
 
 
-def build_kv_report(run: KVRun, found: KVBases, bases: bytes, *, seconds: float) -> Report:
-    """Assemble the report of a KV compression; `bases` is the content of their file."""
-    config, (key_energy, value_energy) = found.config, _energy(found.energy)
+def build_kv_report(run: KVRun, projection: KVBases, bases: bytes, *, seconds: float) -> Report:
+    """Return the report of a finished KV compression.
+
+    Args:
+        run: the run.
+        projection: its bases and ranks.
+        bases: content of the bases' file, for its digest.
+        seconds: of the whole command, without planning.
+    """
+    config, (key_energy, value_energy) = projection.config, _energy(projection.energy)
     plan, source = run.plan, run.plan.model.source
     specs = plan.layout.tensors
     entries = {name: run.output.finished[name] for name in specs}

@@ -9,7 +9,7 @@ from basiscli.reports.reproduce import file_name, number, parameter_words, seed_
 
 
 def kv_command(plan: KVPlan) -> str:
-    """Return the command that compresses a KV cache, for a shell."""
+    """Return the shell command that repeats a KV compression: `basis compress MODEL --kv-ratio 0.6 …`."""
     settings = plan.settings
     words = ["basis", "compress", plan.model.source.label, "--kv-ratio", number(plan.ratio)]
     words += ["--method", plan.method.name] if plan.method.name != "matryoshka" else []

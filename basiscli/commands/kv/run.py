@@ -23,7 +23,7 @@ from basiscli.commands.kv.search import GreedySearch, spectrum, uniform
 from basiscli.commands.kv.statistics import KVStatistics
 from basiscli.commands.kv.training import Training
 from basiscli.engine.copying import BLOCK_ELEMENTS, copy_tensor
-from basiscli.engine.devices import within_memory, working_dtype
+from basiscli.engine.devices import explain_out_of_memory, working_dtype
 from basiscli.engine.tasks import Engine, Task
 from basiscli.engine.threads import Threads
 from basiscli.errors import InputError
@@ -38,16 +38,16 @@ from basiscli.transforms import AttentionMoments, KVCompression
 
 @dataclass
 class KVRun:
-    """One run of a plan into its partial output."""
+    """Runs the plan of a KV compression into its partial output."""
 
     plan: KVPlan
     output: PartialOutput
     progress: Progress
     device: torch.device
     engine: Engine
-    """What does the statistics; the rest is done here."""
-    let_go: Callable[[], None]
-    """Called when nothing is left for the engine: a cluster's workers hold a model each."""
+    """Runs the tasks of the statistics; the rest runs in this process."""
+    release_engine: Callable[[], None]
+    """Called after the engine's last task, since a cluster's workers hold a model each."""
     numbers: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     windows: Windows | None = None
@@ -55,14 +55,14 @@ class KVRun:
     vocabulary: int = 0
 
     def run(self) -> KVBases:
-        """Find the bases and the ranks, and write the weights; the plan's journal lets an interrupted run go on.
+        """Return the bases and ranks, after writing the weights; an interrupted run resumes from its journal.
 
         Raises:
             InputError: attention that cannot be projected, calibration that cannot be used, weights that are missing.
             ResourceError: memory ran out.
         """
         folds = self._folds()
-        with within_memory("a smaller --batch or --length; the same command goes on where this one stopped"):
+        with explain_out_of_memory("a smaller --batch or --length; the same command goes on where this one stopped"):
             found = self._find()
         started = time.monotonic()
         self._write_weights(found, folds)
@@ -102,13 +102,13 @@ class KVRun:
         """Return bases and the energy of their columns; those of the input, if it was compressed before."""
         plan, settings = self.plan, self.plan.settings
         if plan.earlier is not None:
-            self.let_go()
+            self.release_engine()
             earlier = read_kv_bases(plan.model.source.folder)
             return earlier.bases, earlier.energy
         started = time.monotonic()
         _, training = self._calibration()
         moments = self._moments(model, modules, training)
-        self.let_go()
+        self.release_engine()
         method: KVCompression = plan.method.implementation(plan.values)
         start = method.start(moments).to(self.device)
         self.seconds["statistics"] = time.monotonic() - started
@@ -143,12 +143,12 @@ class KVRun:
                 remedy="give more text with --calibration, or a smaller --length",
             )
         # Spread over the text, which may change its subject from beginning to end.
-        places = torch.arange(held) * (len(self.windows) // held)
-        others = torch.ones(len(self.windows), dtype=torch.bool).index_fill(0, places, False)
-        return self.windows.select(places), self.windows.select(others)
+        indices = torch.arange(held) * (len(self.windows) // held)
+        others = torch.ones(len(self.windows), dtype=torch.bool).index_fill(0, indices, False)
+        return self.windows.select(indices), self.windows.select(others)
 
     def _moments(self, model: Any, modules: Sequence[nn.Module], windows: Windows) -> AttentionMoments:
-        """Run a sample of the windows through the dense model and add up what its attention sees."""
+        """Return second moments of queries, keys and values over a sample of the windows."""
         statistics = KVStatistics(self.plan, self.output, self.progress, self.device, self.engine, model)
         sums = statistics.moments(windows.spread(self.plan.settings.moment_windows))
         outputs = [fold.output_moments(model) for fold in folds_of(model, modules, self.plan.shape)]
@@ -194,7 +194,7 @@ class KVRun:
     # Weights ----------------------------------------------------------------------------------------------------------
 
     def _folds(self) -> dict[str, Fold]:
-        """Return what is to be folded into which tensors; before the work begins, so that it is not done in vain."""
+        """Return the fold of each tensor that has one; called first, so that an error comes before the work."""
         plan = self.plan
         folds: dict[str, Fold] = {}
         if plan.settings.fold_values and not (plan.earlier and plan.earlier.values_folded):

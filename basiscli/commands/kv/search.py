@@ -1,4 +1,4 @@
-"""How many dimensions each layer's KV heads keep, of keys and of values, within a budget.
+"""Search of the ranks of keys and values for each layer and KV head, within a budget.
 
 Ranks are counted in levels: equal steps of d/8 dimensions. A budget is the sum of all levels.
 """
@@ -30,19 +30,19 @@ _KEPT = 0.5  # of an earlier round's estimate
 
 
 def uniform(shape: Shape, levels: int, budget: int) -> Tensor:
-    """Return the same level for every entry; what the budget leaves over is spread evenly over the layers."""
+    """Return equal levels of a shape with sum `budget`; a remainder is spread evenly over the layers."""
     count = math.prod(shape)
-    places = torch.arange(count + 1) * budget // count
-    return places.diff().view(shape)
+    indices = torch.arange(count + 1) * budget // count
+    return indices.diff().view(shape)
 
 
 def spectrum(energy: Tensor, levels: int, budget: int) -> Tensor:
-    """Return the levels that keep most of the energy, each entry's counted as a share of its own.
+    """Return the levels [layers, 2, KV heads] that keep most of the energy, relative to each head's total.
 
     Args:
-        energy: of every column [layers, 2, KV heads, d], the columns in falling importance.
-        levels: steps per entry.
-        budget: sum of the result; every entry keeps one level.
+        energy: of every column of the bases [layers, 2, KV heads, d], falling.
+        levels: per head.
+        budget: sum of the result; every head keeps at least one level.
     """
     steps = energy.unflatten(-1, (levels, -1)).sum(-1).flatten(0, -2)
     steps = steps / steps.sum(-1, keepdim=True).clamp_min(torch.finfo(steps.dtype).tiny)
@@ -59,10 +59,10 @@ def spectrum(energy: Tensor, levels: int, budget: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """Ranks for one budget."""
+    """The result of a search: levels for one budget, and what they cost."""
 
     levels: Tensor
-    """[layers, 2, KV heads]."""
+    """Integers [layers, 2 (keys, values), KV heads], from 1 to the number of levels."""
     loss: float
     """The method's loss with these ranks on the held-out windows."""
     divergence: float
@@ -71,13 +71,13 @@ class Found:
 
 @dataclass
 class GreedySearch:
-    """TensorStore, again and again, the steps that cost least for those that gain most; keep what serves held-out text.
+    """Finds ranks by moving levels between heads: lower where the loss rises least, raise where it falls most.
 
-    The published search lowers one entry at a time from full ranks on and tries every entry with forwards of its own.
-    Here two forwards and backwards tell the cost of lowering and the gain of raising every entry by one step at once:
-    with the step's columns at half strength, the derivative of the loss by that strength is the difference that the
-    whole step makes, exactly where the loss is quadratic in it. So each round can afford text of its own, and the
-    search does not fit a few windows; and what no round's text can deceive it about, held-out windows decide.
+    The published search lowers one entry (layer, keys or values, head) at a time from full ranks on and tries every
+    entry with forwards of its own. Here two forwards and backwards give the cost of lowering and the gain of raising
+    every entry by one level at once: with the level's columns at half strength, the derivative of the loss by that
+    strength is the difference that the whole level makes, exactly where the loss is quadratic in it. So each round can
+    use other text, the search does not overfit a few windows, and held-out windows decide which round's ranks are kept.
     """
 
     model: Any
@@ -85,21 +85,22 @@ class GreedySearch:
     method: KVCompression
     bases: Tensor
     windows: Windows
-    """What rounds take their text from, in turn."""
+    """Text of the rounds, a batch each in turn."""
     held: Windows
+    """Held-out text, by which the best round is chosen."""
     levels: int
     batch: int = SEARCH_BATCH
-    """Windows a round."""
+    """Windows per round."""
     rounds: int = 0
     round_seconds: float = 0.0
-    """Of all rounds together."""
+    """Seconds of all rounds together."""
     _teachers: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, starts: Sequence[Tensor], progress: Progress) -> Found:
-        """Return the best ranks found; all starts have the same budget, and the best of them is where it begins.
+        """Return the best ranks found, beginning at the best of `starts`, which all have the same budget.
 
         Raises:
-            InputError: no token of the windows counts.
+            InputError: all tokens of the windows are masked (label −100).
         """
         for windows in (self.windows, self.held):
             if bool((windows.labels == -100).all()):
@@ -123,7 +124,7 @@ class GreedySearch:
                 for estimate, step in ((cost, -1), (gain, 0)):
                     fresh = self._differences(batch, teacher, levels + step)
                     estimate.copy_(torch.where(estimate.isnan(), fresh, _KEPT * estimate + (1 - _KEPT) * fresh))
-                levels, moved = exchanged(levels, cost, gain, moves, self.levels)
+                levels, moved = move_levels(levels, cost, gain, moves, self.levels)
                 self.rounds += 1
                 progress.advance(1)
                 if not moved:
@@ -159,30 +160,30 @@ class GreedySearch:
 
     def _held_loss(self, levels: Tensor) -> float:
         total, count = 0.0, 0
-        for place in range(len(self.held)):
-            one = self.held.select([place])
+        for index in range(len(self.held)):
+            one = self.held.select([index])
             counted = int((one.labels != -100).sum())
             if counted:
-                student, teacher = self._logits(one, levels), self._held_teacher(place)
+                student, teacher = self._logits(one, levels), self._held_teacher(index)
                 loss = loss_alone(self.method, student, teacher, one.labels.to(student.device))
                 total, count = total + counted * loss, count + counted
         return total / count
 
     def _held_divergence(self, levels: Tensor) -> float:
         total, count = 0.0, 0
-        for place in range(len(self.held)):
-            one = self.held.select([place])
-            total += divergence(self._logits(one, levels), self._held_teacher(place), one.labels)
+        for index in range(len(self.held)):
+            one = self.held.select([index])
+            total += divergence(self._logits(one, levels), self._held_teacher(index), one.labels)
             count += int((one.labels != -100).sum())
         return total / count
 
-    def _held_teacher(self, place: int) -> Tensor:
+    def _held_teacher(self, index: int) -> Tensor:
         """Return the dense model's logits of one held-out window, computed once as long as they take little memory."""
-        if place in self._teachers:
-            return self._teachers[place]
-        logits = self._logits(self.held.select([place]), None)
+        if index in self._teachers:
+            return self._teachers[index]
+        logits = self._logits(self.held.select([index]), None)
         if logits.nbytes * len(self.held) <= TEACHER_BYTES:
-            self._teachers[place] = logits
+            self._teachers[index] = logits
         return logits
 
     def _logits(self, batch: Windows, levels: Tensor | None) -> Tensor:
@@ -200,18 +201,18 @@ class GreedySearch:
         """Return the next windows in turn, spread over the text; those without a token that counts are passed over."""
         usable = (self.windows.labels != -100).any(1).nonzero().flatten()
         stride = max(1, len(usable) // self.batch)
-        places = (self.rounds + torch.arange(self.batch) * stride) % len(usable)
-        return self.windows.select(usable[places.unique()])
+        indices = (self.rounds + torch.arange(self.batch) * stride) % len(usable)
+        return self.windows.select(usable[indices.unique()])
 
 
-def exchanged(levels: Tensor, cost: Tensor, gain: Tensor, moves: int, most: int) -> tuple[Tensor, int]:
-    """Lower the entries where it costs least and raise as many where it gains most, while a pair is worth it.
+def move_levels(levels: Tensor, cost: Tensor, gain: Tensor, moves: int, most: int) -> tuple[Tensor, int]:
+    """Lower the entries where it costs least and raise as many where it gains most, while a pair lowers the loss.
 
     Args:
-        levels: of every entry.
-        cost: of lowering each by one; for those that were moved it is updated in place: what raising gained is what
-            lowering costs, and the other way round, and what comes after that is not known (NaN).
-        gain: of raising each by one, likewise.
+        levels: of every entry, any shape.
+        cost: rise of the loss when an entry is lowered by one; updated in index for entries that move: the gain of
+            raising becomes the cost of lowering, the reverse for the other, and the next one is unknown (NaN).
+        gain: fall of the loss when an entry is raised by one; updated likewise.
         moves: pairs at most.
         most: the highest level; the lowest is 1.
 

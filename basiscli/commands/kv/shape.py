@@ -10,7 +10,7 @@ from basiscli.errors import InputError
 from basiscli.runtime.export import AUTO_MAP
 
 LEVELS = 8
-"""Equal groups of a head's dimensions, of which a rank keeps the first: a model keeps 1 to 8 of 8."""
+"""Equal groups of a head's dimensions; a rank is a number of groups kept, 1 to 8 of 8."""
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -19,10 +19,11 @@ class KVShape:
     """The shape of a decoder's KV cache: for each token, keys and values of [layers, KV heads, head dimension]."""
 
     layers: int
+    """Attention layers."""
     heads: int
     """KV heads."""
     dim: int
-    """Of a head, of keys as of values."""
+    """Dimensions of a head, the same for keys and values."""
 
     @property
     def levels(self) -> int:
@@ -31,11 +32,11 @@ class KVShape:
 
     @property
     def entries(self) -> tuple[int, int, int]:
-        """The shape [layers, 2 (keys, values), KV heads] of a table with a rank for each head."""
+        """Shape [layers, 2 (keys, values), KV heads] of tensors with one entry per head, such as ranks."""
         return self.layers, 2, self.heads
 
     def cache_bytes(self, element: int) -> int:
-        """Return the bytes that a token takes in the dense cache, at so many bytes a number."""
+        """Return the bytes per token of the dense cache; `element` is the bytes of a number."""
         return self.layers * 2 * self.heads * self.dim * element
 
 
@@ -43,7 +44,7 @@ def kv_shape(source: Source) -> KVShape:
     """Return the shape of a model's KV cache from its `config.json`.
 
     Raises:
-        InputError: no cache, or one that cannot be compressed, with the reason.
+        InputError: the model has no KV cache or one that cannot be compressed; the message gives the reason.
     """
     config, file = source.config, source.folder / "config.json"
     if not config:

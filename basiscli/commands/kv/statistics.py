@@ -1,4 +1,4 @@
-"""Second moments of what a model's attention sees, as tasks that any process can do: some windows each."""
+"""Second moments of a model's queries, keys and values, as tasks of a few windows each that any process can run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from basiscli.calibration.tokens import Windows
 from basiscli.checkpoints.shards import Shards
-from basiscli.commands.kv.attention import Moments
+from basiscli.commands.kv.attention import AttentionMomentSums
 from basiscli.commands.kv.plan import KVPlan
 from basiscli.engine.devices import working_dtype
 from basiscli.engine.tasks import Engine, Task
@@ -27,7 +27,7 @@ _WINDOWS = 4  # a task
 
 @dataclass
 class KVStatistics:
-    """One run of calibration windows through the dense model; on a cluster every worker has one of its own."""
+    """Runs calibration windows through the dense model and sums moments; on a cluster every worker has its own."""
 
     plan: KVPlan
     output: Shards
@@ -35,12 +35,12 @@ class KVStatistics:
     device: torch.device
     engine: Engine
     model: Any = None
-    """Loaded where tasks are done, if it is not given."""
-    _collectors: Sequence[Moments] = ()
+    """The loaded model; None to load it when the first task runs."""
+    _collectors: Sequence[AttentionMomentSums] = ()
     _lock: Any = field(default_factory=threading.Lock)
 
     def moments(self, windows: Windows) -> dict[str, Tensor]:
-        """Return the moments of all windows by name; see `Moments`. They are added in the order of the text."""
+        """Return `keys`, `values` and `queries` summed over all windows in order, float64 [layers, KV heads, d, d]."""
         is_local = isinstance(self.engine, Threads)
         store = store_for(self.engine, self.output, windows)
         # Threads share the model; --workers says how many windows are to pass it side by side.
@@ -61,7 +61,7 @@ class KVStatistics:
         return sums
 
     def add_up(self, first: int, last: int, store: TensorStore) -> dict[str, Any]:
-        """Run some windows through the model and keep the sums of their moments, of all layers."""
+        """Run windows first … last − 1 through the model and put the sums of all layers into the store."""
         windows = get_windows(store)
         collectors = self._attached()
         for collector in collectors:
@@ -69,7 +69,7 @@ class KVStatistics:
         for place in range(first, last):
             window = windows.select([place])
             for collector in collectors:
-                collector.count(None if window.attention_mask is None else window.attention_mask.to(self.device))
+                collector.set_mask(None if window.attention_mask is None else window.attention_mask.to(self.device))
             with torch.no_grad():
                 given = {name: x.to(self.device) for name, x in window.inputs.items()}
                 self.model(**given, use_cache=False, logits_to_keep=1)
@@ -77,13 +77,13 @@ class KVStatistics:
         store.put(_key(range(first, last)), {name: torch.stack([sums[name] for sums in found]) for name in found[0]})
         return {}
 
-    def _attached(self) -> Sequence[Moments]:
+    def _attached(self) -> Sequence[AttentionMomentSums]:
         with self._lock:
             if self.model is None:
                 dtype = working_dtype(self.device, self.plan.model.tensors.values())
                 self.model = load_weights(self.plan.model.source.folder, dtype, self.device)
             if not self._collectors:
-                self._collectors = [Moments() for _ in attention_modules(self.model)]
+                self._collectors = [AttentionMomentSums() for _ in attention_modules(self.model)]
                 attach(self.model, self._collectors)
             return self._collectors
 

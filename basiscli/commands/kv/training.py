@@ -30,7 +30,7 @@ _STATE = ("start", "free", "mean", "square")
 
 @dataclass
 class Training:
-    """AdamW on the free parameters of all bases; everything else of the model stays as it is.
+    """Trains the bases of all layers and heads by AdamW; the model's weights are not changed.
 
     The windows of a step, the ranks it draws and its learning rate depend on the seed and the step's number alone, so
     a run that was interrupted and goes on from its last saved state gives the same bases.
@@ -38,22 +38,28 @@ class Training:
 
     model: Any
     projectors: Sequence[Projector]
+    """The attention functions of its layers."""
     method: KVCompression
     start: Tensor
+    """Bases to begin with, float32 [layers, 2, KV heads, d, d]."""
     windows: Windows
     steps: int
     batch: int
+    """Windows per step."""
     levels: int
     seed: int
     state_file: Path
+    """Holds the optimiser's state, from which an interrupted run goes on."""
     save_seconds: float = 60.0
+    """Seconds between two saves."""
     losses: list[float] = field(default_factory=list)
+    """One per step."""
 
     def run(self, progress: Progress) -> Tensor:
         """Train and return the bases, float32 [layers, 2, KV heads, d, d] on the CPU.
 
         Raises:
-            InputError: the loss is not a number.
+            InputError: the loss becomes NaN or Inf.
         """
         free = torch.zeros_like(self.start).requires_grad_(True)
         optimiser = torch.optim.AdamW([free], lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
@@ -82,7 +88,7 @@ class Training:
         device = self.start.device
         generator = _generator(self.seed * 1_000_003 + step)
         ranks = self.method.draw(tuple(self.start.shape[:3]), self.levels, generator)
-        batch = self.windows.select(self._places(step))
+        batch = self.windows.select(self._window_indices(step))
         inputs = {name: x.to(device) for name, x in batch.inputs.items()}
         with torch.no_grad():
             set_bases(self.projectors, None)
@@ -100,17 +106,17 @@ class Training:
         optimiser.step()
         self.losses.append(loss)
 
-    def _places(self, step: int) -> Tensor:
+    def _window_indices(self, step: int) -> Tensor:
         """Return which windows a step takes: every epoch goes through all in an order of its own."""
         numbers = torch.arange(step * self.batch, (step + 1) * self.batch)
-        places = []
+        indices = []
         for number in numbers.tolist():
-            epoch, place = divmod(number, len(self.windows))
+            epoch, index = divmod(number, len(self.windows))
             if not self._orders or self._orders[0] != epoch:
                 shuffled = torch.randperm(len(self.windows), generator=_generator(self.seed + epoch))
                 self._orders = (epoch, shuffled)
-            places.append(self._orders[1][place])
-        return torch.stack(places)
+            indices.append(self._orders[1][index])
+        return torch.stack(indices)
 
     _orders: tuple[int, Tensor] | None = None
 

@@ -16,7 +16,7 @@ from basiscli.commands.merge.options import MergeOptions
 from basiscli.commands.merge.plan import MergePlan, plan_opened
 from basiscli.commands.merge.plan import plan_merge as _plan
 from basiscli.commands.merge.recipe import RECIPE, FromRecipe
-from basiscli.engine.cluster import cluster_of, device_of, engine_of
+from basiscli.engine.cluster import cluster_of, device_of, open_engine
 from basiscli.engine.settings import run_settings
 from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
@@ -30,9 +30,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the result is, and its report."""
+    """A finished merge: the output folder, and its report."""
 
     path: Path
+    """The folder of the merged checkpoint or adapter."""
     report: Report
 
 
@@ -42,7 +43,7 @@ def merge(models: Sequence[str | Path], *, progress: Progress | None = None, **o
 
     Args:
         models: folders, weight files, Hub ids (`org/name@revision`) or LoRA adapters; the order counts for `ortho`.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -59,7 +60,7 @@ def plan_merge(models: Sequence[str | Path], **options: Any) -> MergePlan:
 
 
 def plan(options: MergeOptions) -> MergePlan:
-    """Return the plan of what the options ask for."""
+    """Return the plan of a merge with these options, as `plan_merge` does."""
     return _plan(
         options.models,
         Registry.with_files(options.plugins).find("merge", options.method),
@@ -74,7 +75,11 @@ def plan(options: MergeOptions) -> MergePlan:
 
 
 def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
-    """Carry out a plan."""
+    """Run a plan and return the output folder and report.
+
+    Raises:
+        UsageError, InputError, ResourceError: as for `merge`.
+    """
     started = time.monotonic()
     from basiscli.checkpoints.files import REPORT
     from basiscli.checkpoints.sidecars import sidecar_files
@@ -85,7 +90,7 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
 
     device = device_of(plan.settings)
     with (
-        engine_of(plan, plan.settings) as engine,
+        open_engine(plan, plan.settings) as engine,
         partial_output(plan, progress, resume=plan.settings.resume) as output,
     ):
         run = MergeRun(plan, output, progress, device, engine)

@@ -1,4 +1,4 @@
-"""The adapter that a merge of adapters writes with `--as-adapter`: its tensors and their names."""
+"""Tensors and names of the LoRA adapter that a merge of adapters writes with `--as-adapter`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from basiscli.transforms import Method
 
 
 def adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) -> tuple[list[TensorSpec], int]:
-    """Return the tensors of the adapter to write, A and B of each module, and their rank.
+    """Return the tensors of the merged adapter, A [rank, in] and B [out, rank] of each module, and the rank.
 
     One rank for all modules, which every serving engine can load: the sum of the adapters' ranks, where no module needs
     less.
@@ -22,7 +22,7 @@ def adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) 
         method: of the merge.
 
     Raises:
-        UsageError: the method or a model is not one of low-rank factors.
+        UsageError: the method does not keep low-rank factors, or a model is not an adapter.
         InputError: an adapter trains more than linear layers.
     """
     if not method.keeps_factors:
@@ -60,6 +60,6 @@ def adapter_tensors(models: Sequence[Model], merged: list[str], method: Method) 
 
 
 def factor_keys(view: AdapterView, name: str) -> tuple[str, str]:
-    """Return the names that PEFT gives the factors A and B of a weight of the base."""
+    """Return PEFT's names of the LoRA factors A and B of a weight of the base."""
     module = f"base_model.model.{view.modules[name]}"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"

@@ -10,7 +10,7 @@ from basiscli.reports.schema import Report
 
 
 def merge_card(plan: MergePlan, report: Report) -> tuple[bytes, list[str]]:
-    """Return the bytes of `README.md`, and what it warns of: inputs of different licences."""
+    """Return the model card (`README.md`) of a merge, and its warnings, such as inputs of different licences."""
     _, warnings = common_license(report.sources)
     library = "peft" if plan.adapter_rank is not None else "transformers"
     metadata = front_matter(_base_models(plan), "merge", report, library=library, tag="merge")

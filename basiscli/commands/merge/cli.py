@@ -1,4 +1,4 @@
-"""What the terminal shows of a merge."""
+"""Terminal output of `basis merge`: its plan and its summary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class MergeView(View):
-    """A merge's plan and report."""
+    """Shows a merge's plan and report at the terminal."""
 
     def summary(self, report: Report) -> str:
-        """Return norms, scale and cost."""
+        """Return a finished merge in three lines: norms of the task vectors, scale and cosines, cost."""
         cost, lines = report.cost, []
         if report.task_vectors is not None:
             models = [source for source in report.sources if source.role != "base"]
@@ -37,7 +37,7 @@ class MergeView(View):
         return "\n".join(lines)
 
     def document(self, plan: MergePlan) -> dict[str, Any]:
-        """Return the plan as plain data."""
+        """Return the plan as plain data, for `--dry-run --json`."""
         return {
             "output": str(plan.out),
             "method": plan.method.name,
@@ -60,7 +60,7 @@ class MergeView(View):
         }
 
     def show_plan(self, out: Output, plan: MergePlan) -> None:
-        """Print the plan."""
+        """Print the plan, for `--dry-run`: inputs, files, notes, bytes and price."""
         from basiscli.names import format_count, format_size
 
         parameters = "".join(f" {name}={value}" for name, value in plan.parameters.items())

@@ -1,4 +1,4 @@
-"""What can be refused before the first byte is written: do these models belong together?"""
+"""Checks before a merge that its models fit together: architectures, names, shapes, dtypes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from basiscli.transforms import Kind
 
 @dataclass(frozen=True)
 class TensorSort:
-    """Which tensors of the reference are merged and which are copied from it, and what there is to say about it."""
+    """The reference's tensors by what a merge does with them."""
 
     merged: list[str]
+    """Names of floating-point parameters."""
     copied: list[str]
+    """Names of buffers and integer tensors, copied from the reference."""
     notes: list[str]
+    """Notes for the report on missing, additional and tied tensors."""
 
 
 def check_architecture(reference: Checkpoint, models: Sequence[Model], *, trust_remote_code: bool) -> None:
-    """Refuse models of different architectures, quantised ones, and ones that need code from their repository."""
+    """Raise for models of different architectures, quantised ones, and ones with code in their repository.
+
+    Raises:
+        InputError: naming the model and its config.json.
+    """
     for checkpoint in [reference, *(model for model in models if isinstance(model, Checkpoint))]:
         folder = checkpoint.source.folder
         if checkpoint.config.get("quantization_config"):
@@ -61,7 +68,7 @@ def check_architecture(reference: Checkpoint, models: Sequence[Model], *, trust_
 
 
 def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missing: bool) -> TensorSort:
-    """Decide for each tensor of the reference what happens to it; the reference's set of names wins.
+    """Return which of the reference's tensors are merged and which copied; other names are left out.
 
     Raises:
         InputError: shapes differ; a parameter is missing in a model, or is in a model only (unless allowed); packed or
@@ -98,7 +105,7 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
 
 
 def tied_head(checkpoint: Checkpoint) -> str | None:
-    """Return the name of an output head that is stored although it is the embedding, byte for byte."""
+    """Return the name of an output head that is stored byte for byte like the embedding it is tied to, else None."""
     pair = tied_pair(checkpoint.config, checkpoint.tensors)
     if pair is None:
         return None
@@ -161,7 +168,7 @@ def _words(value: object) -> str:
 
 
 def common_dtype_notes(reference: Checkpoint, models: Sequence[Model], tensors: Mapping[str, TensorSpec]) -> list[str]:
-    """Return a note for each model whose storage dtype is not the reference's."""
+    """Return one note for each model whose storage dtype differs from the reference's."""
     notes = []
     for model in models:
         others = {model.tensors[n].dtype for n in tensors if n in model.tensors} - {t.dtype for t in tensors.values()}

@@ -17,7 +17,7 @@ from basiscli.transforms import History, Method
 
 
 def check_count(method: Method, count: int) -> None:
-    """Refuse a number of models that a method does not merge.
+    """Raise if a method does not merge this number of models, the base not counted.
 
     Raises:
         UsageError: too few or too many.
@@ -37,17 +37,18 @@ def check_count(method: Method, count: int) -> None:
 def find_base(
     given: str | None, inputs: list[Source], named_by: list[Source], method: Method, *, headers_only: bool = False
 ) -> Checkpoint | None:
-    """Return the base, opened: the one given, else the one that all inputs name; None if nothing needs one.
+    """Return the opened base model: the one given, else the one that all inputs name, None if none is needed.
 
     Args:
-        given: a folder or a name on the Hub.
+        given: a folder or a Hub id; None for the one that the inputs name.
         inputs: the models and adapters; an adapter needs a base whatever the method does.
-        named_by: those of the inputs whose configuration or model card says what the base is.
+        named_by: those of the inputs whose adapter_config.json or model card is searched for the base's name.
         method: of the merge.
-        headers_only: of a model of the Hub, fetch the headers alone.
+        headers_only: fetch only the headers of a model on the Hub.
 
     Raises:
-        InputError, UsageError: an adapter of another base; no base or several are named.
+        InputError: an adapter of another base.
+        UsageError: the inputs name no base, or several.
     """
     if given is not None:
         source = resolve(given, headers_only=headers_only)
@@ -80,7 +81,7 @@ def find_base(
 def merge_weights(
     method: Method, values: BaseModel, onto: Source | None, given: Sequence[float] | None, count: int
 ) -> tuple[History | None, list[float]]:
-    """Return the history of the merge to continue, and one weight a model (the continued result's first).
+    """Return the recorded history of the merge to continue, and one weight per model (the continued result's first).
 
     Raises:
         UsageError: weights that the method does not take, that are too few or too many, or that sum to zero.
@@ -102,7 +103,11 @@ def merge_weights(
 
 
 def check_weights(method: Method, values: BaseModel, weights: Sequence[float]) -> None:
-    """Refuse weights that cannot be normalised where a method would."""
+    """Raise if weights sum to zero and the method would normalise them.
+
+    Raises:
+        UsageError: they do.
+    """
     # What is left of 0.1 + 0.2 − 0.3 is rounding; dividing by it would multiply the models by 10¹⁶.
     cancels = abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
     if "weights" in method.wants and getattr(values, "normalize", False) and cancels:

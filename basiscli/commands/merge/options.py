@@ -1,4 +1,4 @@
-"""What `basis merge` is told."""
+"""The options of `basis merge`."""
 
 from __future__ import annotations
 

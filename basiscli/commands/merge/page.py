@@ -16,7 +16,7 @@ _MOST_MODELS = 24  # in a matrix of cosines
 
 
 def contribute(report: Report, evaluations: Sequence[EvaluationRecord] = ()) -> Contribution:
-    """Return what a report of `basis merge` says beside what all reports say."""
+    """Return the parts of a report that only `basis merge` has: summary, tiles, task vectors, layer by layer."""
     vectors = report.task_vectors
     return Contribution(
         summary=_summary(report),
@@ -29,7 +29,7 @@ def contribute(report: Report, evaluations: Sequence[EvaluationRecord] = ()) -> 
 
 
 def layer_figures(tensors: Sequence[TensorRecord]) -> Iterator[HeatMap]:
-    """Yield what a merge did to each matrix: changes, cosines between the models, directions that `ortho` closed."""
+    """Yield heat maps over layers and modules: relative change, cosines between models, directions `ortho` closed."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and tensor.norms is not None]
     cosines = {t.name: mean for t in matrices if (mean := _mean_cosine(t.cosines or [])) is not None}
     closed = {t.name: float(t.r[-1]) for t in matrices if t.r}

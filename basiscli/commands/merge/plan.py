@@ -1,4 +1,4 @@
-"""The plan of a merge: every output tensor, what it needs and what it costs, checked before anything is written."""
+"""The plan of a merge: every output tensor with its memory and cost, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from basiscli.commands.merge.compatibility import check_architecture, common_dty
 from basiscli.commands.merge.inputs import check_count, find_base, merge_weights
 from basiscli.commands.merge.price import merge_price
 from basiscli.commands.merge.recipe import RECIPE, Choice, FromRecipe
-from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.output_folder import check_disk, output_folder
 from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.pricing import Price
 from basiscli.engine.rates import MEASURED, Rates
@@ -43,20 +43,22 @@ KEPT_BYTES = 1 << 27  # of all models together: a tensor up to this size is read
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All that a merge will do, as far as headers tell: its inputs, its output tensors and its cost."""
+    """A merge that is checked and ready to run: opened inputs, output tensors and cost, from headers alone."""
 
     out: Path
+    """The output folder."""
     method: Method
     values: BaseModel
+    """The method's parameters."""
     models: list[Model]
     """In order; when an earlier merge is continued, its result is the first."""
     weights: list[float]
     base: Checkpoint | None
     history: History | None
     merged: list[str]
-    """Names of the tensors that the method makes."""
+    """Names of the tensors that the method merges."""
     copied: list[str]
-    """Names of the tensors that are the reference's: buffers and integers."""
+    """Names of the tensors copied from the reference: buffers and integers."""
     layout: Layout
     adapter_rank: int | None
     """The rank of the adapter to write; None for a full checkpoint."""
@@ -80,7 +82,7 @@ class MergePlan:
 
     @property
     def reference(self) -> Checkpoint:
-        """The checkpoint whose names, shapes, dtypes and configuration the result takes: the base, else the first."""
+        """The base, else the first model: it gives the result's names, shapes, dtypes and configuration."""
         first = self.models[0]
         return self.base or (first if isinstance(first, Checkpoint) else first.base)
 
@@ -91,12 +93,12 @@ class MergePlan:
 
     @property
     def earlier(self) -> int:
-        """Number of models of the earlier merge that is continued, whose result is the first of `models`; else 0."""
+        """With `--onto`, how many models are merged in the first of `models`; else 0."""
         return self.history.models if self.history else 0
 
     @property
     def two_passes(self) -> bool:
-        """Whether the method needs a number over the whole model (`TaskVectorMerge.scale`) to finish any tensor."""
+        """Whether every tensor needs a number over the whole model (`TaskVectorMerge.scale`), and so a second pass."""
         return self.method.keeps_factors
 
     @property
@@ -114,7 +116,7 @@ class MergePlan:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of intermediate results on disk."""
+        """Bytes of intermediate results on disk: merged task vectors between the two passes."""
         if not self.two_passes or self.adapter_rank is not None:
             return 0
         dense = [n for n in self.merged if any(not _stays_low_rank(model, n) for model in self.models)]
@@ -127,17 +129,17 @@ class MergePlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of tensors in flight, at most; the interpreter and torch come on top."""
+        """Bytes of memory for tensors at most; the interpreter and torch come on top."""
         names = [*self.merged, *self.copied]
         return peak_workspace([workspace(self, name) for name in names], self.settings.workers, self.settings.memory)
 
     def price(self, rates: Rates = MEASURED) -> Price:
-        """Return the bytes, the operations and the hours that it would take at these rates."""
+        """Return the estimated cost in bytes, operations and seconds at these rates."""
         return merge_price(self, partial(workspace, self), rates)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides the bytes of the result."""
+        """Digest of all that the result's bytes depend on."""
         inputs = [self.reference, *self.models]
         files = [file for model in inputs for file in model.files]
         settings = self.settings
@@ -176,7 +178,7 @@ def plan_merge(
         )
 
     Raises:
-        UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
+        UsageError, InputError, HubError, ResourceError: anything wrong that shows before weights are read.
     """
     values = method.validate(parameters)
     check_count(method, len(models) + (onto is not None))
@@ -208,10 +210,10 @@ def plan_opened(
     recipe: FromRecipe | None = None,
     notes: Sequence[str] = (),
 ) -> MergePlan:
-    """Return the plan of a merge of models that are open; arguments as the fields of `MergePlan`.
+    """Return the plan of a merge of opened models; arguments as the fields of `MergePlan`.
 
     Raises:
-        UsageError, InputError, ResourceError: the models do not go together, or there is no place for the result.
+        UsageError, InputError, ResourceError: the models do not fit together, or the output folder cannot be used.
     """
     first = opened[0]
     reference = base or (first if isinstance(first, Checkpoint) else first.base)
@@ -230,9 +232,9 @@ def plan_opened(
     found += common_dtype_notes(reference, opened, {n: reference.tensors[n] for n in merged})
     sources = [model.source for model in [*opened, reference]]
     sources += [source for _, source in recipe.sources] if recipe else []
-    place = output_place(f"merge-{method.name}" if out is None else out, sources, overwrite=settings.overwrite)
+    folder = output_folder(f"merge-{method.name}" if out is None else out, sources, overwrite=settings.overwrite)
     plan = MergePlan(
-        place, method, choice[0], opened, choice[1], base, history, merged, copied, layout, rank, found, settings,
+        folder, method, choice[0], opened, choice[1], base, history, merged, copied, layout, rank, found, settings,
         recipe,
     )  # fmt: skip
     check_disk(plan.out, plan.write_bytes + plan.scratch_bytes, headers_only=settings.headers_only)
@@ -240,12 +242,12 @@ def plan_opened(
 
 
 def block_elements(device_type: str) -> int:
-    """Return how many elements of one model are merged at a time on a device of this type ('cpu', 'cuda')."""
+    """Return the elements of one model that are merged at a time on a device type ('cpu', 'cuda')."""
     return GPU_BLOCK_ELEMENTS if device_type == "cuda" else BLOCK_ELEMENTS
 
 
 def workspace(plan: MergePlan, name: str, block: int = BLOCK_ELEMENTS) -> int:
-    """Return the bytes of memory that the work on one tensor takes, at most, in blocks of so many elements."""
+    """Return the bytes of memory that merging one tensor takes at most; `block` is in elements of one model."""
     tensor = plan.reference.tensors[name]
     count, models = tensor.count, len(plan.models)
     if is_decomposed(plan, name):
@@ -263,13 +265,13 @@ def workspace(plan: MergePlan, name: str, block: int = BLOCK_ELEMENTS) -> int:
 
 
 def is_decomposed(plan: MergePlan, name: str) -> bool:
-    """Return whether the method decomposes a tensor's task vectors as whole matrices, as far as names tell."""
+    """Return whether the method decomposes a tensor's task vectors as whole matrices, judging by the tensor's name."""
     is_matrix = kind_by_name(plan.reference.tensors[name]) in {Kind.LINEAR, None}
     return plan.two_passes and is_matrix and any(not _stays_low_rank(model, name) for model in plan.models)
 
 
 def kept_bytes(plan: MergePlan, name: str) -> int:
-    """Return the bytes of all models' values of a tensor that is gone over several times, else 0."""
+    """Return a tensor's float32 bytes over all models where the method reads it several times (`measure`), else 0."""
     if plan.method.measure is None:
         return 0
     return 4 * plan.reference.tensors[name].count * (len(plan.models) + (plan.base is not None))

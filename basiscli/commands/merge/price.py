@@ -1,4 +1,4 @@
-"""What a merge costs, from the headers of its inputs alone."""
+"""The cost estimate of a merge, from the headers of its inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from basiscli.checkpoints.adapter_view import AdapterView, Model
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.pricing import Price, bytes_to_download, flops_a_worker, projection_flops
+from basiscli.engine.pricing import Price, bytes_to_download, flops_per_worker, projection_flops
 from basiscli.engine.rates import Rates
 from basiscli.engine.settings import Settings
 from basiscli.model.architecture import kind_by_name
@@ -15,7 +15,7 @@ from basiscli.transforms import Kind, Method
 
 
 class _Plan(Protocol):
-    """What a price asks of a `MergePlan`, which imports this file and not the other way round."""
+    """The fields of a `MergePlan` that a price needs; `plan.py` imports this file, and not the other way round."""
 
     @property
     def method(self) -> Method: ...
@@ -42,12 +42,12 @@ class _Plan(Protocol):
 
 
 def merge_price(plan: _Plan, workspace: Callable[[str], int], rates: Rates) -> Price:
-    """Return the bytes, the operations and the time of a merge.
+    """Return the estimated cost of a merge: bytes, floating-point operations and seconds.
 
     Args:
         plan: of the merge.
-        workspace: the bytes of memory that the work on a tensor takes, by its name.
-        rates: of one worker.
+        workspace: returns the bytes of memory that merging a tensor takes, by its name.
+        rates: measured throughput of one worker.
     """
     count = len(plan.models)
     elements = sum(plan.reference.tensors[name].count for name in (*plan.merged, *plan.copied))
@@ -58,12 +58,14 @@ def merge_price(plan: _Plan, workspace: Callable[[str], int], rates: Rates) -> P
     streamed = plan.read_bytes + plan.write_bytes + 2 * plan.scratch_bytes
     seconds = streamed / rates.merge_bytes(plan.method.name) / plan.settings.workers
     work = _decompositions(plan, workspace)
+    settings = plan.settings
+    seconds += flops_per_worker(work, settings.workers, settings.shared_memory) / rates.exact_flops
     return Price(
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         flops=flops + sum(own for own, _ in work),
-        seconds=seconds + flops_a_worker(work, plan.settings.workers, plan.settings.shared_memory) / rates.exact_flops,
-        workers=plan.settings.workers,
+        seconds=seconds,
+        workers=settings.workers,
         machine=rates.machine,
         download_bytes=bytes_to_download(
             [plan.reference, *(m.adapter.weights if isinstance(m, AdapterView) else m for m in plan.models)]

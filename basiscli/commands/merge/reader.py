@@ -1,4 +1,4 @@
-"""Reading one tensor of all models of a merge."""
+"""Reading of one tensor from all models of a merge."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ from basiscli.transforms import Block
 
 
 class TensorReader:
-    """One tensor of all models: read in blocks of rows, checked and digested on the way."""
+    """Reads one tensor of the base and all models in blocks of rows, checking for NaN and hashing at the first pass.
+
+        read = TensorReader(plan, "model.layers.0.mlp.up_proj.weight", device)
+        for block in read.merge_blocks():
+            block.base, block.others  # float32 [rows, in], and one such a model
+        read.digests()
+
+    Values come on the device in `dtype`, whatever the storage.
+    """
 
     def __init__(self, plan: MergePlan, name: str, device: torch.device) -> None:
         self.plan, self.name, self.device = plan, name, device
         self.shape = self.plan.reference.tensors[name].shape
-        # Digests of what is read in order from its first to its last row; keyed by the model's place, -1 for the base.
+        # SHA-256 of what is read in order from its first to its last row; keyed by the model's index, -1 for the base.
         self._hashers: dict[int, Any] = {}
         # The factors of adapters, small and needed again for every block of rows.
         self._updates: dict[AdapterView, LowRank] = {}
@@ -38,14 +46,14 @@ class TensorReader:
         )
 
     def blocks(self, *, whole: bool = False) -> Iterator[slice | None]:
-        """Yield the blocks of rows to work on; None for all of it at once."""
+        """Yield slices of rows to read one after another; None for the whole tensor."""
         return iter([None]) if whole else row_blocks(self.shape, block_elements(self.device.type))
 
     def merge_blocks(self) -> Iterator[Block]:
-        """Yield the tensor of base (if any) and models as the merge method takes it; may be gone over several times.
+        """Yield the tensor of base (if any) and models in blocks, or whole for a method that needs it; can be repeated.
 
-        The first time everything is checked and digested. A method that measures finds tensors of moderate size at hand
-        afterwards; larger ones are read again.
+        The first time everything is checked and hashed. For a method with `measure`, tensors of up to `KEPT_BYTES` stay
+        in memory for the following times; larger ones are read again.
         """
         if self._kept is not None:
             yield from self._kept
@@ -67,10 +75,10 @@ class TensorReader:
         self._kept = kept if keep else None
 
     def _others(self, rows: slice | None, base: Tensor | None) -> list[Tensor]:
-        return [self._read_model(place, model, rows, base) for place, model in enumerate(self.plan.models)]
+        return [self._read_model(index, model, rows, base) for index, model in enumerate(self.plan.models)]
 
     def base(self, rows: slice | None) -> Tensor:
-        """Return some rows of the reference alone."""
+        """Return rows of the reference's tensor."""
         return self._read(-1, self.plan.reference, rows)
 
     @property
@@ -80,26 +88,26 @@ class TensorReader:
 
     @property
     def in_factors(self) -> bool:
-        """Whether every model's task vector is a product of two factors."""
+        """Whether every model's task vector is low-rank: a product of LoRA factors."""
         return all(isinstance(model, AdapterView) and model.is_low_rank(self.name) for model in self.plan.models)
 
     @property
     def factors(self) -> list[float]:
-        """What multiplies each task vector: the first may be an earlier sum that is taken back to its own scale."""
+        """One factor per task vector: with `--onto` the weight of the earlier merge's, which is first; else 1."""
         first = self.plan.weights[0] if self.plan.history else 1.0
         return [first, *(1.0 for _ in self.plan.models[1:])]
 
     def zero_gram(self) -> Tensor:
-        """Return the matrix of inner products of no rows yet."""
+        """Return zeros [models, models] in float64 on the device, to add inner products to."""
         count = len(self.plan.models)
         return torch.zeros(count, count, dtype=torch.float64, device=self.device)
 
     def differences(self, rows: slice | None, base: Tensor) -> list[Tensor]:
-        """Return some rows of every model's task vector, dense, given those of the base."""
+        """Return rows of every model's dense task vector, given the same rows of the base."""
         return [values - base for values in self._others(rows, base)]
 
     def statistics(self) -> Tensor:
-        """Read everything once: check that it is finite, digest it, and return the task vectors' inner products."""
+        """Return the task vectors' inner products, float64 [models, models], checking and hashing all that is read."""
         if self.in_factors:
             vectors = [self._low_rank(model) for model in self.plan.models]
             return torch.tensor([[inner(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
@@ -111,7 +119,7 @@ class TensorReader:
         return total.cpu()
 
     def task_vectors(self) -> Iterator[Tensor | LowRank]:
-        """Yield the task vectors one at a time; see `TaskVectors`."""
+        """Yield each model's task vector, dense or low-rank, times its factor; see `TaskVectors`."""
         base: Tensor | None = None
         for model, factor in zip(self.plan.models, self.factors, strict=True):
             if isinstance(model, AdapterView) and model.is_low_rank(self.name):
@@ -126,12 +134,12 @@ class TensorReader:
 
     @property
     def weight_norm(self) -> float:
-        """The Frobenius norm of the base's tensor, as far as `statistics` had to read it."""
+        """The Frobenius norm of the base's tensor; 0 before `statistics`, and where that reads factors alone."""
         return math.sqrt(self._base_square)
 
     def digests(self) -> dict[str, str]:
-        """Return the digests of what was read, by the model's place ('-1' for the base)."""
-        return {str(place): hasher.hexdigest() for place, hasher in self._hashers.items()}
+        """Return the SHA-256 of each tensor read, by the model's index as a string ('-1' for the base)."""
+        return {str(index): hasher.hexdigest() for index, hasher in self._hashers.items()}
 
     def _low_rank(self, model: Model) -> LowRank:
         """Return an adapter's task vector in factors, of rank 0 where it leaves the tensor alone."""
@@ -149,11 +157,11 @@ class TensorReader:
             self._refuse_nonfinite(model)
         return update.to(self.device)
 
-    def _read_model(self, place: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
+    def _read_model(self, index: int, model: Model, rows: slice | None, base: Tensor | None) -> Tensor:
         if self.name not in model.tensors:
             return base.clone() if base is not None else self._fetch(self.plan.reference, rows)
         if isinstance(model, Checkpoint):
-            return self._read(place, model, rows)
+            return self._read(index, model, rows)
         # The base is at hand: do not read it once an adapter. In a recipe an adapter may be on another model.
         if base is not None and model.base is self.plan.base and model.is_low_rank(self.name):
             update = self._low_rank(model)
@@ -164,10 +172,10 @@ class TensorReader:
             self._refuse_nonfinite(model)
         return values
 
-    def _read(self, place: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
+    def _read(self, index: int, checkpoint: Checkpoint, rows: slice | None) -> Tensor:
         if self._checked:
             return self._fetch(checkpoint, rows)
-        values = self._fetch(checkpoint, rows, self._hashers.setdefault(place, hashlib.sha256()).update)
+        values = self._fetch(checkpoint, rows, self._hashers.setdefault(index, hashlib.sha256()).update)
         if not is_finite(values):
             self._refuse_nonfinite(checkpoint)
         return values

@@ -1,4 +1,4 @@
-"""What a recipe says of a merge: parameters by tensor, a tokenizer, a storage dtype."""
+"""The part of a merge that only a recipe can ask for: parameters by tensor, a tokenizer, a storage dtype."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
 
 RECIPE = "recipe.yaml"
-"""Name of the recipe that a merge was made by, in its result's folder."""
+"""Name of the recipe's copy in the output folder."""
 
 Choice = tuple[BaseModel, list[float]]
-"""A method's parameters, and one weight a model."""
+"""A method's parameters, and one weight per model."""
 
 
 @dataclass(frozen=True)
 class FromRecipe:
-    """What a recipe says of a merge beyond one set of parameters for all tensors."""
+    """A recipe's settings of a merge beyond one set of parameters for all tensors."""
 
     text: str
-    """The file, as it goes into the result's folder."""
+    """Text of the recipe, copied into the output folder."""
     choices: Callable[[str], Choice]
-    """The parameters and weights of one tensor."""
+    """Returns the parameters and weights for a tensor, by its name."""
     facts: Any
-    """What decides the bytes of the result, as plain data for the fingerprint."""
+    """All that the result's bytes depend on, as plain data for the plan's fingerprint."""
     sources: list[tuple[Literal["base", "model"], Source]]
-    """Every model and adapter that it names."""
+    """Every model and adapter that the recipe names, with its role."""
     files: Mapping[str, bytes] | None
-    """The tokenizer it asks for, in place of the reference's, and what depends on it."""
+    """Files of the tokenizer that replaces the reference's, and files that name token ids; None to keep those."""
     dtype: str | None
-    """The storage dtype it asks for."""
+    """Storage dtype of the output (`BF16`); None for the inputs'."""
     opened: Sequence[Checkpoint]
-    """The checkpoints that the models are parts of."""
+    """The checkpoints that the models' layers come from, to be closed with the plan."""

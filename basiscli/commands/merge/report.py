@@ -1,4 +1,4 @@
-"""From a finished merge's journal to its report."""
+"""The report of a merge, built from its journal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ Journal = Mapping[str, dict[str, Any]]
 
 
 def build_report(run: MergeRun, journal: Journal, *, seconds: float, seconds_merging: float) -> Report:
-    """Assemble the report of a merge."""
+    """Return the report of a finished merge.
+
+    Args:
+        run: the run.
+        journal: its entries by key, `merge:NAME` and `write:NAME`.
+        seconds: of the whole command, without planning.
+        seconds_merging: of the tensors alone.
+    """
     plan = run.plan
     written = {name: sha for entry in journal.values() for name, sha in entry.get("digests", {}).items()}
     specs = plan.layout.tensors
@@ -82,8 +89,8 @@ def _sources(run: MergeRun, journal: Journal) -> list[SourceRecord]:
     plan = run.plan
     if plan.recipe is not None:
         whole = {
-            model.source: (model, _read_digests(journal, str(place)))
-            for place, model in [*enumerate(plan.models), (-1, plan.base)]
+            model.source: (model, _read_digests(journal, str(index)))
+            for index, model in [*enumerate(plan.models), (-1, plan.base)]
             if model is not None and not (isinstance(model, Checkpoint) and model.is_assembled)
         }
         return [
@@ -93,9 +100,9 @@ def _sources(run: MergeRun, journal: Journal) -> list[SourceRecord]:
     records = []
     if plan.base is not None:
         records.append(_source("base", plan.base, None, _read_digests(journal, "-1") | _copied_digests(journal)))
-    for place, (model, weight) in enumerate(zip(plan.models, plan.weights, strict=True)):
-        role = "onto" if plan.history is not None and place == 0 else "model"
-        records.append(_source(role, model, weight, _read_digests(journal, str(place))))
+    for index, (model, weight) in enumerate(zip(plan.models, plan.weights, strict=True)):
+        role = "onto" if plan.history is not None and index == 0 else "model"
+        records.append(_source(role, model, weight, _read_digests(journal, str(index))))
     return records
 
 
@@ -118,7 +125,7 @@ def _source(role: Any, model: Model, weight: float | None, read: Mapping[str, st
 
 
 def _named(role: Any, source: Source) -> SourceRecord:
-    """Return the record of a model that a recipe took parts of."""
+    """Return the record of a model of which a recipe used parts."""
     kind: Any = "adapter" if source.is_adapter else "checkpoint"
     return SourceRecord(
         role=role, spec=source.spec, kind=kind, repo_id=source.repo_id, revision=source.revision,
@@ -126,11 +133,11 @@ def _named(role: Any, source: Source) -> SourceRecord:
     )  # fmt: skip
 
 
-def _read_digests(journal: Journal, place: str) -> dict[str, str]:
+def _read_digests(journal: Journal, index: str) -> dict[str, str]:
     return {
-        key.partition(":")[2]: entry["inputs"][place]
+        key.partition(":")[2]: entry["inputs"][index]
         for key, entry in journal.items()
-        if place in entry.get("inputs", {})
+        if index in entry.get("inputs", {})
     }
 
 
@@ -147,8 +154,8 @@ def _whole_model(run: MergeRun, journal: Journal) -> TaskVectorRecord | None:
     entries = [entry for name in run.plan.merged if "gram" in (entry := journal.get(f"{MERGE}:{name}", {}))]
     if not entries:
         return None
-    places = range(len(run.plan.models))
-    total = [[math.fsum(entry["gram"][i][j] for entry in entries) for j in places] for i in places]
+    indices = range(len(run.plan.models))
+    total = [[math.fsum(entry["gram"][i][j] for entry in entries) for j in indices] for i in indices]
     scale = run.numbers.get("scale", 1.0)
     merged = math.sqrt(math.fsum(entry["merged"] for entry in entries))
     return TaskVectorRecord(norms=_norms(total), cosines=_cosines(total), merged_norm=scale * merged)
@@ -186,8 +193,8 @@ def _norms(gram: Sequence[Sequence[float]]) -> list[float]:
 def _cosines(gram: Sequence[Sequence[float]]) -> list[list[float | None]]:
     """Return cosines; None where a vector is zero and has no direction."""
     norms = _norms(gram)
-    places = range(len(gram))
-    return [[gram[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] > 0 else None for j in places] for i in places]
+    indices = range(len(gram))
+    return [[gram[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] > 0 else None for j in indices] for i in indices]
 
 
 def _by_name(tensor: TensorSpec) -> Any:

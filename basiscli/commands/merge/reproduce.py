@@ -10,7 +10,7 @@ from basiscli.reports.reproduce import number, parameter_words, seed_words
 
 
 def merge_command(plan: MergePlan) -> str:
-    """Return the command that makes a merge, for a shell: `basis merge a b --method ties …`, or `basis run`."""
+    """Return the shell command that repeats a merge: `basis merge a b --method ties …`, or `basis run recipe.yaml`."""
     if plan.recipe is not None:
         words = ["basis", "run", RECIPE]
         if plan.settings.dtype and plan.settings.dtype != plan.recipe.dtype:

@@ -1,4 +1,4 @@
-"""Running a merge's plan: tensors stream through, a block of rows or a matrix at a time."""
+"""Running the plan of a merge, one task per tensor, in blocks of rows or whole matrices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from basiscli.commands.merge.as_adapter import factor_keys
 from basiscli.commands.merge.plan import MergePlan, block_elements, is_decomposed, workspace
 from basiscli.commands.merge.reader import TensorReader
 from basiscli.engine.batches import in_batches
-from basiscli.engine.devices import within_memory
+from basiscli.engine.devices import explain_out_of_memory
 from basiscli.engine.tasks import Engine, Task
 from basiscli.errors import BasisError, InputError
 from basiscli.linalg.finite import is_finite
@@ -34,12 +34,12 @@ from basiscli.names import seed_for
 from basiscli.progress import Progress
 from basiscli.transforms import Blocks, Kind, Norms, TaskVectorMerge, TaskVectors
 
-MERGE, WRITE = "merge", "write"  # the two passes, as the journal's keys begin
+MERGE, WRITE = "merge", "write"  # prefixes of the journal's keys, one a pass
 
 
 @dataclass
 class MergeRun:
-    """One run of a plan into its partial output."""
+    """Runs the plan of a merge into its partial output."""
 
     plan: MergePlan
     output: PartialOutput
@@ -59,14 +59,14 @@ class MergeRun:
             self.kinds = Kinds({n: kind_by_name(t) or Kind.OTHER for n, t in tensors.items()}, "names")
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Do what the journal does not have; return the journal, one entry a piece of work.
+        """Merge all tensors that the journal lacks; return the journal, one entry per task.
 
         Raises:
             InputError: a NaN or Inf, a file that changed or ended while it was read.
             ResourceError: memory or disk ran out.
         """
         self._forget_damaged()
-        with within_memory("fewer --workers, or --device cpu; the same command goes on where this one stopped"):
+        with explain_out_of_memory("fewer --workers, or --device cpu; the same command goes on where this one stopped"):
             if self.plan.two_passes:
                 self._two_passes()
             else:
@@ -111,9 +111,9 @@ class MergeRun:
             Task(f"{stage}:{name}", tensors[name].nbytes, workspace(self.plan, name, block), (name, *further(name)))
             for name in names
         ]
-        return in_batches(tasks, self._alike, device=self.device, done=self.output.finished)
+        return in_batches(tasks, self._batch_key, device=self.device, done=self.output.finished)
 
-    def _alike(self, task: Task) -> Hashable | None:
+    def _batch_key(self, task: Task) -> Hashable | None:
         """Return what tensors have in common whose task vectors are decomposed as a batch."""
         name = task.arguments[0]
         decomposed = task.key.startswith(MERGE) and is_decomposed(self.plan, name)

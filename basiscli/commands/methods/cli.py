@@ -1,4 +1,4 @@
-"""`basis methods` and `basis methods show`."""
+"""The commands `basis methods` and `basis methods show`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def show(options: ShowOptions, session: Session) -> None:
 
 
 def group() -> typer.Typer:
-    """Return the application that lists methods, and shows one."""
+    """Return the Typer application of `basis methods` and `basis methods show`."""
     listing = Command(
         "methods", "List the installed methods.", __name__, options=Plugins, main=list_methods, terminal=("as_json",)
     )
@@ -104,7 +104,7 @@ def _own_methods() -> list[tuple[str, OwnMethod]]:
 
 
 def range_in_words(limits: Iterable[Any]) -> str:
-    """Return the range of a number as a person says it, such as '0 to 1' or 'above 0, at most 1'."""
+    """Return the range of a parameter in words: '0 to 1' or 'above 0, at most 1'."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = {name: getattr(limit, name) for limit in limits for name in words if hasattr(limit, name)}
     if "ge" in bounds and "le" in bounds:

@@ -34,8 +34,8 @@ def compress_adapter(
 
     Args:
         adapter: a folder or Hub id of a PEFT LoRA of linear layers.
-        bases: random matrices a factor.
-        progress: what to tell how far the work is.
+        bases: random matrices per factor.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -48,12 +48,12 @@ def compress_adapter(
 
 @keywords(NolaOptions)
 def plan_adapter(adapter: str | Path, *, bases: int, **options: Any) -> NolaPlan:
-    """Return the plan of such a compression without writing anything."""
+    """Return the plan of an adapter's compression without writing anything; arguments as for `compress_adapter`."""
     return plan(NolaOptions.of(adapter=adapter, bases=bases, **options))
 
 
 def plan(options: NolaOptions) -> NolaPlan:
-    """Return the plan of what the options ask for."""
+    """Return the plan of a compression with these options, as `plan_adapter` does."""
     if options.bases is None:
         raise UsageError("--method nola needs the number of bases", remedy="--bases 256 stores 512 numbers a module")
     return plan_nola(
@@ -68,7 +68,11 @@ def plan(options: NolaOptions) -> NolaPlan:
 
 
 def run_adapter(plan: NolaPlan, progress: Progress) -> CompressResult:
-    """Carry out a plan."""
+    """Run a plan and return the output folder and report.
+
+    Raises:
+        GateFailed, UsageError, InputError, ResourceError: as for `compress_adapter`.
+    """
     started = time.monotonic()
     refuse_headers_only(plan.settings.headers_only)
     from basiscli.checkpoints.files import REPORT

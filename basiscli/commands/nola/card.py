@@ -13,7 +13,7 @@ from basiscli.reports.schema import Report
 
 
 def nola_files(plan: NolaPlan, report: Report) -> dict[str, bytes]:
-    """Return `adapter_config.json` and `README.md`, by name."""
+    """Return the contents of `adapter_config.json` and `README.md` by file name."""
     lora = plan.adapter.config
     config = nola_config(
         {module.name: [module.in_features, module.out_features] for module in plan.modules},

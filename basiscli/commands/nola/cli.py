@@ -1,4 +1,4 @@
-"""What the terminal shows of the compression of an adapter."""
+"""Terminal output of `basis compress ADAPTER --method nola`: its plan and its summary."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class NolaView(View):
-    """Plan and report of an adapter of random bases."""
+    """Shows the plan and report of a compressed adapter at the terminal."""
 
     def summary(self, report: Report) -> str:
-        """Return numbers, bytes and how much of the effect survives."""
+        """Return a finished compression in lines: coefficients, bytes, fidelity, seconds and memory."""
         numbers, cost = report.numbers, report.cost
         lines = [
             f"{numbers['adapter_parameters']:,.0f} coefficients, {format_size(cost.written_bytes)}: "
@@ -36,7 +36,7 @@ class NolaView(View):
         return "\n".join([*lines, f"{cost.seconds:.0f} s, peak memory {format_size(cost.peak_memory_bytes)}"])
 
     def document(self, plan: NolaPlan) -> dict[str, Any]:
-        """Return the plan as plain data."""
+        """Return the plan as plain data, for `--dry-run --json`."""
         return {
             "output": str(plan.out),
             "method": "nola",
@@ -54,7 +54,7 @@ class NolaView(View):
         }
 
     def show_plan(self, out: Output, plan: NolaPlan) -> None:
-        """Print the plan."""
+        """Print the plan, for `--dry-run`."""
         stored = sum(file.stat().st_size for file in plan.adapter.weights.files)
         out.line(f"nola {plan.adapter.source.spec} → {plan.out}")
         out.line(
@@ -65,7 +65,7 @@ class NolaView(View):
             out.line(f"note: {note}")
 
     def known(self, plan: NolaPlan) -> set[str]:
-        """Return the named numbers: a compression of an adapter adds none of its own."""
+        """Return the names that `--fail-if` may use: those that all reports have."""
         from basiscli.reports.numbers import MEANINGS
 
         return set(MEANINGS)

@@ -1,4 +1,4 @@
-"""A NOLA adapter learns the logits of a LoRA adapter of the same base, and how far it got is measured."""
+"""Distillation of a LoRA adapter into a NOLA adapter of the same base by their logits, and its measurement."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ _ROWS = 64  # tokens whose logits are compared at a time: a vocabulary of 50,000
 
 
 @dataclass(frozen=True)
-class Survival:
-    """What is left of an adapter's effect on held-out windows."""
+class Fidelity:
+    """How close a NOLA adapter is to the LoRA that it was made from, on held-out windows."""
 
     kl: float
     """Mean over tokens of KL(LoRA ‖ NOLA), in nats."""
     kl_base: float
-    """The same for the base without an adapter: the effect there was."""
+    """KL(LoRA ‖ base) in nats: the effect of the LoRA."""
     perplexity: float
+    """With the NOLA adapter."""
     perplexity_lora: float
     perplexity_base: float
     tokens: int
+    """Counted tokens."""
 
     @property
     def share(self) -> float:
-        """1 − KL(LoRA ‖ NOLA) / KL(LoRA ‖ base): 1 for the adapter itself, 0 for none."""
+        """1 − KL(LoRA ‖ NOLA) / KL(LoRA ‖ base): 1 for the same logits, 0 for those of the base."""
         return 1 - self.kl / self.kl_base if self.kl_base > 0 else 1.0
 
 
@@ -59,7 +61,16 @@ class Distillation:
             )
 
     def train(self, windows: Windows, *, steps: int, batch: int, rate: float, seed: int, progress: Progress) -> None:
-        """Minimise KL(LoRA ‖ NOLA) over windows in a random order, AdamW with warm-up and cosine."""
+        """Minimise KL(LoRA ‖ NOLA) over windows in a random order, by AdamW with warm-up and a cosine schedule.
+
+        Args:
+            windows: the text to learn from.
+            steps: of the optimiser.
+            batch: windows per step.
+            rate: learning rate, as a share of the root mean square of a module's coefficients.
+            seed: of the order.
+            progress: the display; counts tokens.
+        """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # A step moves every module's coefficients by the same share of their size.
         groups = [{"params": [p], "lr": rate * (float(p.detach().square().mean().sqrt()) or 1.0)} for p in parameters]
@@ -69,8 +80,8 @@ class Distillation:
             optimiser, lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * s / steps))
         )
         progress.start("distilling", steps, steps * batch * windows.ids.shape[1], "tokens")
-        for places in _drawn(len(windows), steps, batch, seed):
-            part = windows.select(places)
+        for indices in _drawn(len(windows), steps, batch, seed):
+            part = windows.select(indices)
             inputs, labels = self._inputs(part), part.labels.to(self.device)
             teacher = self._teacher(inputs)
             with torch.enable_grad():
@@ -87,13 +98,13 @@ class Distillation:
             progress.advance(part.ids.numel())
 
     @torch.no_grad()
-    def measure(self, windows: Windows, progress: Progress) -> Survival:
-        """Hold the base, the LoRA and the NOLA adapter against each other."""
+    def measure(self, windows: Windows, progress: Progress) -> Fidelity:
+        """Return the divergences and perplexities of base, LoRA and NOLA adapter on these windows."""
         sums = torch.zeros(5, dtype=torch.float64)
         progress.start("measuring", len(windows), 3 * windows.ids.numel(), "tokens")
         tokens = 0
-        for place in range(len(windows)):
-            part = windows.select([place])
+        for index in range(len(windows)):
+            part = windows.select([index])
             inputs, labels = self._inputs(part), part.labels.to(self.device)
             rows = (labels.flatten() != -100).nonzero().squeeze(1)
             tokens += len(rows)
@@ -107,7 +118,7 @@ class Distillation:
             progress.advance(3 * part.ids.numel())
         kl_base, kl, lora, base, nola = (sums / max(1, tokens)).tolist()
         of_nola, of_lora, of_base = (math.exp(min(nll, 700)) for nll in (nola, lora, base))
-        return Survival(max(0.0, kl), max(0.0, kl_base), of_nola, of_lora, of_base, tokens)
+        return Fidelity(max(0.0, kl), max(0.0, kl_base), of_nola, of_lora, of_base, tokens)
 
     def _inputs(self, part: Windows) -> dict[str, Tensor]:
         return {name: x.to(self.device) for name, x in part.inputs.items()}

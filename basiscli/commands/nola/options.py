@@ -1,4 +1,4 @@
-"""What `basis compress --method nola` is told."""
+"""The options of `basis compress --method nola`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NOLA = "An adapter: --method nola"
 
 
 class RandomBases(Options):
-    """The form of the new adapter, and how it is found."""
+    """Options of the new adapter's size, fit and training."""
 
     bases: Annotated[int | None, option("Random matrices a factor.", panel=_NOLA)] = None
     rank: Annotated[int | None, option("Of the result.", "-r", default="what the bases span", panel=_NOLA)] = None

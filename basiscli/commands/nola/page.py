@@ -1,4 +1,4 @@
-"""A compressed adapter's part of its report: how much of its effect is left, and what its factors hold."""
+"""A compressed adapter's part of its report: fidelity, and the explained share of each module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from basiscli.reports.words import models_of, percent
 
 
 def contribute(report: Report, evaluations: Sequence[EvaluationRecord] = ()) -> Contribution:
-    """Return what a report of `basis compress ADAPTER --method nola` says beside what all reports say."""
+    """Return the parts of a report that only `basis compress ADAPTER --method nola` has; empty for other reports."""
     adapter, numbers = report.adapter, report.numbers
     if adapter is None:
         return Contribution()

@@ -15,7 +15,7 @@ from basiscli.checkpoints.nola import PREFIX, coefficient_counts, is_nola
 from basiscli.checkpoints.packing import stored_form
 from basiscli.checkpoints.source import Source
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.engine.output_place import check_disk, output_place
+from basiscli.engine.output_folder import check_disk, output_folder
 from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.rates import MEASURED, Rates
 from basiscli.errors import InputError, UsageError
@@ -28,45 +28,46 @@ BITS = (4, 8, 16)
 
 @dataclass(frozen=True)
 class NolaSettings:
-    """How the coefficients are found, and when the result is refused."""
+    """Settings of the fit and training of coefficients, and of the lowest fidelity that is written."""
 
     calibration: str | None = None
-    """Text, or tokens; None for the built-in mix."""
+    """A file or folder of text, or a file of tokens; None for the built-in mix."""
     steps: int = 200
-    """Of training on the adapter's logits; 0 for layers alone."""
+    """Training steps on the adapter's logits; 0 for the layer-wise fit alone."""
     batch: int = 2
-    """Windows a step."""
+    """Windows per step."""
     length: int = 256
-    """Tokens a window."""
+    """Tokens per window."""
     learning_rate: float = 0.02
-    """Of AdamW, times the root mean square of a module's coefficients."""
+    """Of AdamW, as a share of the root mean square of a module's coefficients."""
     weights_only: bool = False
-    """Without a base: match ΔW itself."""
+    """Whether to fit ΔW itself, without a base and text."""
     min_fidelity: float = 0.5
+    """Below this share of the adapter's effect nothing is written."""
     force: bool = False
-    """Write what is below that, too."""
+    """Whether to write below that, too."""
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False
     headers_only: bool = False
-    """Plan on headers, wherever the data is."""
+    """Whether to plan from headers, without the inputs' data."""
 
 
 @dataclass(frozen=True)
 class NolaModule:
-    """One module of the adapter."""
+    """One linear layer that the adapter changes."""
 
     name: str
-    """As the adapter has it."""
+    """Name in the adapter's file."""
     loaded: str
-    """As the loaded base calls it; the same without a base."""
+    """Name in the loaded base; the same as `name` without a base."""
     in_features: int
     out_features: int
 
 
 @dataclass(frozen=True)
 class NolaPlan:
-    """All that a compression of an adapter will do."""
+    """A compression of an adapter that is checked and ready to run."""
 
     out: Path
     adapter: Adapter
@@ -74,39 +75,41 @@ class NolaPlan:
     modules: list[NolaModule]
     rank: int
     bases: int
+    """Random matrices per factor."""
     bits: int
+    """Of a stored coefficient."""
     settings: NolaSettings
     notes: list[str]
 
     @property
     def layout(self) -> Layout:
-        """The one file of coefficients."""
+        """Layout of the output: one file of coefficients."""
         return Layout.plan([spec for m in self.modules for spec in self.specs(m)], 1 << 62, single_file=ADAPTER_FILE)
 
     @property
     def coefficients(self) -> int:
-        """How many there are."""
+        """Number of coefficients in all modules."""
         return sum(sum(self.counts(module)) for module in self.modules)
 
     def price(self, rates: Rates = MEASURED) -> None:
-        """Return None: how long coefficients take to fit was not measured, and is not guessed."""
+        """Return None: no rates were measured for the fit of coefficients."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides the result."""
+        """Digest of all that the result depends on."""
         files = [*self.adapter.weights.files, *(self.base.files if self.base else [])]
-        place = self.settings.calibration
-        if place is not None:
-            found = Path(place)
-            files += [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
+        text = self.settings.calibration
+        if text is not None:
+            path = Path(text)
+            files += [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         return fingerprint_of(files, [self.rank, self.bases, self.bits, vars(self.settings)])
 
     def counts(self, module: NolaModule) -> tuple[int, int]:
-        """Return the number of coefficients of A and of B."""
+        """Return the numbers of coefficients of a module's A and B."""
         return coefficient_counts(self.bases, self.rank, module.in_features, module.out_features)
 
     def specs(self, module: NolaModule) -> list[TensorSpec]:
-        """Return what is stored of a module."""
+        """Return the tensors that are stored of a module: coefficients of A, then of B."""
         return [
             TensorSpec(f"{PREFIX}{module.name}.nola_{factor}", *stored_form(count, self.bits))
             for factor, count in zip("ab", self.counts(module), strict=True)
@@ -129,10 +132,19 @@ def plan_nola(
     out: str | Path | None,
     settings: NolaSettings,
 ) -> NolaPlan:
-    """Look at the headers and decide what will be done.
+    """Return the plan of an adapter's compression, from headers and configuration.
+
+    Args:
+        source: the adapter.
+        base: a folder or Hub id; None for the base that the adapter names.
+        bases: random matrices per factor.
+        rank: of the result; None for the largest that the bases span, up to the adapter's.
+        bits: of a stored coefficient: 16, 8 or 4.
+        out: folder to write; by default ADAPTER-nola here.
+        settings: of the run.
 
     Raises:
-        UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
+        UsageError, InputError, HubError, ResourceError: anything wrong that shows before weights are read.
     """
     _check_numbers(bases, rank, bits, settings)
     if not source.is_adapter:
@@ -149,14 +161,14 @@ def plan_nola(
         checkpoint, modules = _on_base(adapter, base, headers_only=settings.headers_only)
     name = source.label.rpartition("/")[2].partition("@")[0]
     inputs = [source, *([checkpoint.source] if checkpoint else [])]
-    place = output_place(out or Path(f"{name}-nola"), inputs, overwrite=settings.overwrite)
+    folder = output_folder(out or Path(f"{name}-nola"), inputs, overwrite=settings.overwrite)
     # More columns than the bases span cost the columns that they do span: of two factors of k coefficients each the
     # share that random bases hold falls with the square of the rank.
     widest = max(max(m.in_features, m.out_features) for m in modules)
     rank = rank or max(1, min(adapter.rank, bases // widest))
-    plan = NolaPlan(place, adapter, checkpoint, modules, rank, bases, bits, settings, [])
+    plan = NolaPlan(folder, adapter, checkpoint, modules, rank, bases, bits, settings, [])
     plan.notes.extend(_notes(plan))
-    check_disk(place, plan.layout.nbytes, headers_only=settings.headers_only)
+    check_disk(folder, plan.layout.nbytes, headers_only=settings.headers_only)
     return plan
 
 

@@ -25,7 +25,7 @@ SOURCE = "Koohpayegani et al., 'NOLA', arXiv 2310.02556"
 
 
 def build_nola_report(run: NolaRun, *, seconds: float) -> Report:
-    """Assemble the report of a compression of an adapter."""
+    """Return the report of a finished compression of an adapter; `seconds` is the whole command's, without planning."""
     plan, settings = run.plan, run.plan.settings
     written = {key: sha for entry in run.output.finished.values() for key, sha in entry["digests"].items()}
     specs = plan.layout.tensors

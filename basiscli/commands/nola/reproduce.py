@@ -9,7 +9,7 @@ from basiscli.reports.reproduce import file_name, seed_words
 
 
 def nola_command(plan: NolaPlan) -> str:
-    """Return the command that compresses an adapter, for a shell."""
+    """Return the shell command that repeats a compression: `basis compress ADAPTER --method nola …`."""
     settings = plan.settings
     words = ["basis", "compress", plan.adapter.source.label, "--method", "nola", "--bases", str(plan.bases)]
     words += ["--rank", str(plan.rank), "--bits", str(plan.bits)]

@@ -1,4 +1,4 @@
-"""Compressing a LoRA adapter to coefficients: layer by layer, then on its logits; what survives is measured."""
+"""Running the compression of a LoRA adapter: a fit of each layer, then distillation of its logits, measured."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from basiscli.calibration.tokens import Windows, read_windows
 from basiscli.checkpoints.digests import digest
 from basiscli.checkpoints.packing import packed, rounding_variance, unpacked
 from basiscli.checkpoints.writer import PartialOutput
-from basiscli.commands.nola.distil import Distillation, Survival
+from basiscli.commands.nola.distil import Distillation, Fidelity
 from basiscli.commands.nola.plan import NolaModule, NolaPlan
-from basiscli.engine.devices import within_memory, working_dtype
+from basiscli.engine.devices import explain_out_of_memory, working_dtype
 from basiscli.engine.settings import default_workers
 from basiscli.engine.threads import Threads
 from basiscli.errors import GateFailed, InputError
 from basiscli.linalg.finite import is_finite
 from basiscli.linalg.lowrank import LowRank
 from basiscli.linalg.nola import factor_bases
-from basiscli.linalg.nola_fit import fit, share_held
+from basiscli.linalg.nola_fit import explained_share, fit
 from basiscli.linalg.randbasis import RandomBases
-from basiscli.model.moments import Modules, MomentsRun
+from basiscli.model.moments import CalibrationTargets, MomentsRun
 from basiscli.progress import Progress
 from basiscli.runtime.load import load_tokenizer, load_weights
 
@@ -37,45 +37,46 @@ _HELD_OUT = 8  # windows at most, and an eighth of all
 
 @dataclass
 class NolaRun:
-    """One run of a plan into its partial output."""
+    """Runs the plan of an adapter's compression into its partial output."""
 
     plan: NolaPlan
     output: PartialOutput
     progress: Progress
     device: torch.device
     coefficients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Of A and B by the adapter's modules, as they are read back from the file."""
+    """Coefficients of A and of B by module, rounded as they are stored."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Of each module's effect, after the fit of the layers."""
+    """Explained share of each module's effect, after the layer-wise fit."""
     norms: dict[str, float] = field(default_factory=dict)
-    """What the shares are of: Frobenius norms of ΔW, or of what it adds to the inputs."""
-    survival: Survival | None = None
-    before: Survival | None = None
-    """GatesAndPush the layers alone."""
+    """Norm of each module's effect: of ΔW, or of its output over the inputs' second moments."""
+    measured: Fidelity | None = None
+    """Of the result on held-out windows; None without a base."""
+    before: Fidelity | None = None
+    """The same after the layer-wise fit, where training followed."""
     losses: list[float] = field(default_factory=list)
     windows: Windows | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def layer_share(self) -> float:
-        """Share of all modules' effects together."""
+        """Explained share of all modules' effects together."""
         whole = math.fsum(norm**2 for norm in self.norms.values())
         return math.fsum(self.shares[n] * self.norms[n] ** 2 for n in self.norms) / whole if whole else 1.0
 
     @property
     def fidelity(self) -> float:
-        """The share of the adapter's effect that survives: of KL to the base, or without a base of ‖ΔW‖²."""
-        return self.layer_share if self.survival is None else self.survival.share
+        """Share of the adapter's effect that is kept: of its KL to the base, or without a base of ‖ΔW‖²."""
+        return self.layer_share if self.measured is None else self.measured.share
 
     def run(self) -> None:
-        """Find the coefficients, measure what survives, and write them.
+        """Find the coefficients, measure their fidelity, and write them.
 
         Raises:
             InputError: NaN or Inf in the adapter or the base, calibration that cannot be used.
-            GateFailed: less survives than was asked for.
+            GateFailed: the fidelity is below `min_fidelity`.
             ResourceError: memory ran out.
         """
-        with within_memory("a smaller --bases, --batch or --length"):
+        with explain_out_of_memory("a smaller --bases, --batch or --length"):
             started = time.monotonic()
             if self.plan.base is None:
                 self._fit_alone()
@@ -93,7 +94,7 @@ class NolaRun:
             self.output.record(module.name, {"digests": written})
 
     def bases_of(self, module: NolaModule) -> tuple[RandomBases, RandomBases]:
-        """Return the bases of a module's A and B."""
+        """Return the random bases of a module's A [r, in] and B [out, r]."""
         plan = self.plan
         return factor_bases(
             plan.settings.seed, module.name, rank=plan.rank, count=plan.bases,
@@ -113,7 +114,9 @@ class NolaRun:
         count = max(1, _MOMENT_TOKENS // training.ids.shape[1])
         by_name = {module.loaded: module for module in self.plan.modules}
         engine = Threads(1 if self.device.type == "cuda" else default_workers())
-        run = MomentsRun(Modules(base, {n: n for n in by_name}), self.output, self.progress, self.device, engine)
+        run = MomentsRun(
+            CalibrationTargets(base, {n: n for n in by_name}), self.output, self.progress, self.device, engine
+        )
         for moments in run.moments(training.spread(count)):
             for name, stored in moments.items():
                 inputs = stored.load(self.device)
@@ -130,7 +133,7 @@ class NolaRun:
         a, b = self.coefficients[module.name] = (self._rounded(found.a, module), self._rounded(found.b, module))
         # Of the coefficients as they are stored: rounding them is part of what is lost.
         product = LowRank(bases[1].combination(b), bases[0].combination(a), target.shape)
-        self.shares[module.name], self.norms[module.name] = share_held(target, product, metric)
+        self.shares[module.name], self.norms[module.name] = explained_share(target, product, metric)
 
     def _update(self, module: NolaModule) -> LowRank:
         """Return s·B·A of the LoRA, [out, in], on the device."""
@@ -153,9 +156,9 @@ class NolaRun:
         _, (held, training) = self._read_windows(plan.base)
         model = self._student(plan.base)
         work = Distillation(model, {m.loaded: self._update(m) for m in plan.modules}, self.device)
-        self.survival = work.measure(held, self.progress)
+        self.measured = work.measure(held, self.progress)
         if settings.steps:
-            self.before = self.survival
+            self.before = self.measured
             model.train()
             work.train(
                 training, steps=settings.steps, batch=settings.batch, rate=settings.learning_rate, seed=settings.seed,
@@ -163,7 +166,7 @@ class NolaRun:
             )  # fmt: skip
             model.eval()
             self._take(model)
-            self.survival = work.measure(held, self.progress)
+            self.measured = work.measure(held, self.progress)
             self.losses = work.losses
         self.seconds["distilling"] = time.monotonic() - started
 
@@ -217,9 +220,9 @@ class NolaRun:
                 file=settings.calibration,
                 remedy="give more text with --calibration, or a smaller --length",
             )
-        places = torch.arange(held) * (len(whole) // held)
-        others = torch.ones(len(whole), dtype=torch.bool).index_fill(0, places, False)
-        return whole, (whole.select(places), whole.select(others))
+        indices = torch.arange(held) * (len(whole) // held)
+        others = torch.ones(len(whole), dtype=torch.bool).index_fill(0, indices, False)
+        return whole, (whole.select(indices), whole.select(others))
 
     # Storage ----------------------------------------------------------------------------------------------------------
 
@@ -247,8 +250,8 @@ class NolaRun:
 
 
 def numbers_of(run: NolaRun) -> Mapping[str, float]:
-    """Return the named numbers of a run."""
-    plan, survival = run.plan, run.survival
+    """Return the numbers of a finished run for the report, by name."""
+    plan, measured = run.plan, run.measured
     before = sum(t.count for t in plan.adapter.weights.tensors.values())
     bytes_before = sum(file.stat().st_size for file in plan.adapter.weights.files)
     found = {
@@ -263,13 +266,13 @@ def numbers_of(run: NolaRun) -> Mapping[str, float]:
         "energy": run.layer_share,
         "energy_least": min(run.shares.values()),
     }
-    if survival is not None:
+    if measured is not None:
         found |= {
-            "kl": survival.kl,
-            "kl_base": survival.kl_base,
-            "perplexity": survival.perplexity,
-            "perplexity_lora": survival.perplexity_lora,
-            "perplexity_base": survival.perplexity_base,
+            "kl": measured.kl,
+            "kl_base": measured.kl_base,
+            "perplexity": measured.perplexity,
+            "perplexity_lora": measured.perplexity_lora,
+            "perplexity_base": measured.perplexity_base,
         }
     if run.before is not None:
         found["fidelity_layers"] = run.before.share

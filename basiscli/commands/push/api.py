@@ -29,32 +29,36 @@ _NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
 @dataclass(frozen=True)
 class PushResult:
-    """What is on the Hub now."""
+    """The result of a push."""
 
     path: Path
+    """The local folder."""
     url: str
     """Of the pull request, or of the commit."""
     repo_id: str
     revision: str
     commit: str
     pull_request: bool
+    """Whether a pull request was opened."""
     files: list[str]
+    """Names of the pushed files in the repository."""
     bytes: int
+    """Their size."""
     checked_digests: bool
     """Whether there was a report to check the bytes of every tensor against."""
     left_out: list[str]
-    """Files of the folder that are not pushed: code, hidden files, and what belongs to no model."""
+    """Files of the folder that are not pushed: code, hidden files, and files that are not a model's."""
     removed: list[str]
-    """Weights of an earlier model that the same commit took away."""
+    """Files of an earlier model's weights that the same commit deleted."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data, for `--json`."""
         return asdict(self) | {"path": str(self.path)}
 
 
 @keywords(PushOptions)
 def push(folder: str | Path, target: str, *, progress: Progress | None = None, **options: Any) -> PushResult:
-    """Push an output to the Hub, in one commit.
+    """Push an output to the Hub in one commit, and return the commit.
 
     Every tensor is checked first, as `verify` does. An interrupted push goes on where it stopped when it is given
     again: what the Hub has already is not sent again.
@@ -62,7 +66,7 @@ def push(folder: str | Path, target: str, *, progress: Progress | None = None, *
     Args:
         folder: what a command wrote; of `init`, the folder with `adapter/` and `residual/`, or one of them.
         target: `org/name`, or `org/name@branch`; model and branch are made where they do not exist.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         **options: by name:
 
     Raises:
@@ -74,13 +78,13 @@ def push(folder: str | Path, target: str, *, progress: Progress | None = None, *
 
 
 def run(options: PushOptions, progress: Progress) -> PushResult:
-    """Do what the options ask for."""
+    """Push with these options, as `push` does."""
     repo_id, branch = parse_target(options.target, options.revision, create_pr=options.create_pr)
-    place = Path(options.folder).expanduser().resolve()
-    files, left_out = _files(place)
+    folder = Path(options.folder).expanduser().resolve()
+    files, left_out = _files(folder)
     check_login(repo_id)
-    check = verify(place, progress=progress)
-    report = read_report(place)
+    check = verify(folder, progress=progress)
+    report = read_report(folder)
     done: Pushed = upload(
         files,
         repo_id,
@@ -91,7 +95,7 @@ def run(options: PushOptions, progress: Progress) -> PushResult:
         progress=progress,
     )
     return PushResult(
-        path=place,
+        path=folder,
         url=done.url,
         repo_id=repo_id,
         revision=branch,
@@ -105,26 +109,26 @@ def run(options: PushOptions, progress: Progress) -> PushResult:
     )
 
 
-def _files(place: Path) -> tuple[dict[str, Path], list[str]]:
+def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Return the files to push by their names in the repository, and the names of those that are left out.
 
     Raises:
         UsageError: no folder, or one that an interrupted run left.
         InputError: a link that leads somewhere else.
     """
-    if not place.is_dir():
-        raise UsageError("not a folder", file=place, remedy="give the folder that a command wrote")
-    if place.suffix == ".partial" or (place / JOURNAL).exists():
+    if not folder.is_dir():
+        raise UsageError("not a folder", file=folder, remedy="give the folder that a command wrote")
+    if folder.suffix == ".partial" or (folder / JOURNAL).exists():
         raise UsageError(
             "the output is not complete",
-            file=place,
+            file=folder,
             remedy="give the command that makes it again: it goes on where it stopped",
         )
     files: dict[str, Path] = {}
     left_out = []
-    code = _exported_code(models_in(place))
-    for file in sorted(place.rglob("*")):
-        name = file.relative_to(place).as_posix()
+    code = _exported_code(models_in(folder))
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
         if file.is_symlink():
             raise InputError(
                 "a link: what it leads to could be anything on this machine",
@@ -137,8 +141,8 @@ def _files(place: Path) -> tuple[dict[str, Path], list[str]]:
             files[name] = file
         else:
             left_out.append(name)
-    if (place / ADAPTER) in models_in(place):  # the Hub shows the card at the top; init writes it beside the adapter
-        files = _card_of(place / ADAPTER) | files
+    if (folder / ADAPTER) in models_in(folder):  # the Hub shows the card at the top; init writes it beside the adapter
+        files = _card_of(folder / ADAPTER) | files
     return files, left_out
 
 

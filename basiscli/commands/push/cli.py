@@ -1,4 +1,4 @@
-"""What the terminal shows of a push."""
+"""Terminal output of `basis push`."""
 
 from __future__ import annotations
 

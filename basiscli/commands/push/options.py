@@ -1,4 +1,4 @@
-"""What `basis push` is told."""
+"""The options of `basis push`."""
 
 from __future__ import annotations
 

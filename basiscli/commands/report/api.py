@@ -18,7 +18,7 @@ from basiscli.reports.schema import Report, read_report
 
 @dataclass(frozen=True)
 class ReportPage:
-    """A report and the evaluations that are shown with it."""
+    """A run's report with evaluations, as HTML, Markdown and numbers."""
 
     folder: Path
     report: Report
@@ -26,7 +26,7 @@ class ReportPage:
 
     @cached_property
     def sections(self) -> list[Section]:
-        """What the report has to say: the same sections for every transform, as plain data."""
+        """The page's sections as plain data, with the same names for every command."""
         from basiscli.reports.page import sections
 
         return sections(self.report, contributor_of(self.report), self.evaluations)
@@ -38,27 +38,27 @@ class ReportPage:
 
     @property
     def default_file(self) -> Path:
-        """Where the page is written if nothing else is said: beside the folder, which stays as it was verified."""
+        """Default file of `write_html`: `FOLDER-report.html` beside the folder, which stays as it was verified."""
         return self.folder.with_name(f"{self.folder.name}-report.html")
 
     def html(self) -> str:
-        """Return the page: one file without scripts that loads nothing."""
+        """Return the page as HTML: self-contained, without scripts."""
         from basiscli.reports.html import html
 
         return html(self.folder.name, self.report, self.sections)
 
     def markdown(self) -> str:
-        """Return the same sections in Markdown, with tables in place of pictures."""
+        """Return the page as Markdown, with tables in place of pictures."""
         from basiscli.reports.markdown import markdown, plain
 
         return f"# {plain(self.folder.name)}\n\n{markdown(self.sections)}"
 
     def write_html(self, file: str | Path | None = None) -> Path:
-        """Write the page and return where it is; an earlier page is replaced, and nothing else.
+        """Write the HTML page and return its path; only an earlier page of basis is replaced.
 
         Raises:
-            UsageError: there is another file of that name.
-            ResourceError: it cannot be written.
+            UsageError: a file of that name exists and is not such a page.
+            ResourceError: the file cannot be written.
         """
         target = Path(file) if file is not None else self.default_file
         try:
@@ -77,27 +77,28 @@ class ReportPage:
 
 
 def report(folder: str | Path = ".", *, evaluations: Sequence[str | Path] = ()) -> ReportPage:
-    """Read what a run wrote about itself, to be shown.
+    """Return the report of a run, with evaluations, to be shown.
+
+        basiscli.report("merged").write_html()
 
     Args:
-        folder: what `merge`, `compress`, `init` or `extract` made.
-        evaluations: documents that `basis eval --json` printed: before and after, and, of results of several ratios,
-            the curve of perplexity over ratio.
+        folder: the output of `merge`, `compress`, `init` or `extract`.
+        evaluations: files of `basis eval --json`: before and after, or of several ratios for a curve of perplexity.
 
     Raises:
-        InputError: there is no report, it is damaged, or an evaluation is none.
+        InputError: there is no report, or a file is damaged or not an evaluation.
     """
-    place = Path(folder).expanduser().resolve()
-    if not place.is_dir():
-        raise InputError("no such folder", file=place, remedy="give a folder that basis made")
-    found = read_report(place)
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise InputError("no such folder", file=path, remedy="give a folder that basis made")
+    found = read_report(path)
     if found is None:
         raise InputError(
             f"there is no {REPORT} in this folder",
-            file=place,
+            file=path,
             remedy="give the output of a merge, compress, init or extract",
         )
-    return ReportPage(place, found, tuple(read_evaluation(Path(file)) for file in evaluations))
+    return ReportPage(path, found, tuple(read_evaluation(Path(file)) for file in evaluations))
 
 
 def _is_page(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`basis report`: its options, and what the terminal shows of it."""
+"""Options and terminal output of `basis report`."""
 
 from __future__ import annotations
 

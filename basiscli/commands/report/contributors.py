@@ -1,4 +1,4 @@
-"""Which function gives a command's part of its reports."""
+"""Finding the function that returns a command's own parts of its reports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from basiscli.reports.schema import Report
 
 
 def contributor_of(report: Report) -> Contributor:
-    """Return the function that gives the part of the command that wrote this report, as its declaration says.
+    """Return the `Contributor` of the command that wrote this report, from its declaration (`Command.page`).
 
-    A report of a command that is not installed, or that adds nothing, has the sections that all reports have.
+    For a command that is not installed or has none, it returns an empty contribution.
     """
     try:
         command = load_command(command_points()[report.command]).chosen({"method": report.method.name})

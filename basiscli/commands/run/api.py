@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a recipe made."""
+    """The results of a recipe."""
 
     path: Path
     """The merged model, or the folder that holds a pipeline's results."""
     steps: list[StepResult]
-    """Of a pipeline."""
+    """One per step of a pipeline; empty for a recipe in mergekit's format."""
     merge: MergeResult | None = None
-    """Of a recipe in mergekit's format."""
+    """The result of a recipe in mergekit's format."""
 
 
 @keywords(RunOptions)
@@ -43,17 +43,17 @@ def run(
     finished: Callable[[StepResult], None] | None = None,
     **options: Any,
 ) -> RunResult:
-    """Run a recipe and return what it made.
+    """Run a recipe and return its results.
 
     Args:
         recipe: a YAML file: steps, or a merge in mergekit's format.
-        progress: what to tell how far the work is.
+        progress: a progress display; none by default.
         finished: called with the result of each step of a pipeline.
         **options: by name:
 
     Raises:
         UsageError, InputError, HubError, ResourceError: see `basiscli.errors`.
-        GateFailed: a step's numbers are outside its `fail_if`; the steps after it are not done.
+        GateFailed: a step's numbers are outside its `fail_if`; the steps after it are not run.
     """
     planned = plan_run(recipe, **options)
     if isinstance(planned, MergePlan):
@@ -63,18 +63,18 @@ def run(
 
 
 def do(options: RunOptions, progress: Progress) -> RunResult:
-    """Run what the options ask for."""
+    """Run the recipe with these options, as `run` does."""
     return run(**options.given(), progress=progress)
 
 
 @keywords(RunOptions)
 def plan_run(recipe: str | Path, **options: Any) -> MergePlan | Pipeline:
-    """Read a recipe and return the plan of its merge, or its pipeline, without writing anything."""
+    """Return the plan of a recipe's merge, or its pipeline of steps, without writing anything."""
     return plan(RunOptions.of(recipe=recipe, **options))
 
 
 def plan(options: RunOptions) -> MergePlan | Pipeline:
-    """Read the recipe that the options name; see `plan_run`."""
+    """Return the plan of the recipe that the options name; see `plan_run`."""
     file, output = options.recipe, options.output
     table = read_yaml(file)
     if is_mergekit(table):

@@ -1,4 +1,4 @@
-"""What the terminal shows of a recipe that is run."""
+"""Terminal output of `basis run`: steps as they end, and plans of `--dry-run`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mergekit's recipe format, read as it is: its keys, their meaning and their defaults.
+"""Schema of mergekit's recipe format: its keys, their meaning and their defaults.
 
 Written from the format's documentation (mergekit 0.1.5, README and docs). What mergekit ignores silently is an error
 here: unknown keys and parameters.
@@ -17,9 +17,9 @@ from basiscli.commands.run.setting import Setting
 from basiscli.errors import InputError
 
 KEYS = {"merge_method", "models", "slices", "modules"}
-"""One of these at the top says that a file is mergekit's."""
+"""Top-level keys of which a file in mergekit's format has one."""
 IGNORED = {"int8_mask"}
-"""Parameters that only spare mergekit memory."""
+"""Parameters that are accepted without effect: they only save mergekit memory."""
 
 
 class ModelName(Strict):
@@ -70,14 +70,14 @@ Parameters = Annotated[dict[str, Setting], Table, Field(default_factory=dict)]
 
 
 class InputModel(Strict):
-    """One model of a merge."""
+    """An entry of `models`: one model and its parameters."""
 
     model: Name
     parameters: Parameters
 
 
 class InputSlice(InputModel):
-    """Some layers of one model: from the first up to, and without, the last."""
+    """An entry of `sources`: layers `layer_range[0]` to `layer_range[1]` − 1 of one model."""
 
     layer_range: tuple[int, int]
 
@@ -89,12 +89,12 @@ class InputSlice(InputModel):
 
     @property
     def layers(self) -> int:
-        """How many layers it has."""
+        """Number of layers."""
         return self.layer_range[1] - self.layer_range[0]
 
 
 class OutputSlice(Strict):
-    """Some layers of the result, and what they are merged from."""
+    """An entry of `slices`: layers of the result, and the layers of models that they are merged from."""
 
     sources: list[InputSlice] = Field(min_length=1)
     base_model: Name | None = None
@@ -111,7 +111,7 @@ class OutputSlice(Strict):
 
 
 class Part(Strict):
-    """What is merged into one part of a model: whole models, or layers of them."""
+    """An entry of `modules`: whole models, or layers of models, to merge."""
 
     models: list[InputModel] | None = Field(None, min_length=1)
     slices: list[OutputSlice] | None = Field(None, min_length=1)
@@ -125,7 +125,7 @@ class Part(Strict):
 
 
 class TokenOfModel(Strict):
-    """The embedding of one model's token."""
+    """A token's embedding is that of one model's token."""
 
     kind: Literal["model_token"]
     model: Name
@@ -140,7 +140,7 @@ class TokenOfModel(Strict):
 
 
 class Zero(Strict):
-    """No embedding."""
+    """A token's embedding is zero."""
 
     kind: Literal["zero"]
 
@@ -151,7 +151,7 @@ def _form(given: Any) -> str:
 
 
 class TokenChoice(Strict):
-    """Where the embedding of a token comes from."""
+    """An entry of `tokens`: the source of one token's embedding."""
 
     source: (
         Annotated[
@@ -163,11 +163,11 @@ class TokenChoice(Strict):
         | None
     ) = None
     force: bool = False
-    """Whether models that have the token take this one, too."""
+    """Whether it also replaces the embeddings of models that have the token."""
 
 
 class TokenizerChoice(Strict):
-    """The vocabulary of the result."""
+    """The `tokenizer` table: vocabulary of the result."""
 
     source: Literal["union", "base"] | Name = "union"
     tokens: Annotated[dict[str, TokenChoice], Table] = Field(default_factory=dict)
@@ -175,7 +175,7 @@ class TokenizerChoice(Strict):
 
 
 class MergekitRecipe(Strict):
-    """A whole file."""
+    """A whole recipe file in mergekit's format."""
 
     merge_method: str
     models: list[InputModel] | None = Field(None, min_length=1)
@@ -199,20 +199,20 @@ class MergekitRecipe(Strict):
 
     @property
     def vocabulary(self) -> TokenizerChoice | None:
-        """What the recipe says of the tokenizer, in either form; None: that of the base stays."""
+        """`tokenizer`, or the same made of `tokenizer_source`; None to keep the base's vocabulary."""
         if self.tokenizer_source is not None:
             return TokenizerChoice(source=self.tokenizer_source, pad_to_multiple_of=None)
         return self.tokenizer
 
     @property
     def part(self) -> Part:
-        """What is merged: said at the top, or of the model's only part, whose parameters then come before the top's."""
+        """`models` or `slices` of the file, or of its only module, whose parameters come before the file's."""
         if self.modules:
             return next(iter(self.modules.values()))
         return Part(models=self.models, slices=self.slices, parameters={})
 
     def names(self) -> Iterator[ModelName]:
-        """Yield every model that goes into the merge, each once, the base last."""
+        """Yield every model that the recipe merges, each once, the base last."""
         slices = self.part.slices or []
         found = [one.model for one in self.part.models or []]
         found += [source.model for cut in slices for source in cut.sources]
@@ -226,7 +226,7 @@ def is_mergekit(table: Mapping[str, Any]) -> bool:
 
 
 def parse_mergekit(table: Mapping[str, Any], file: Path) -> MergekitRecipe:
-    """Check a table against mergekit's format.
+    """Return a table as a checked recipe in mergekit's format.
 
     Raises:
         InputError: an unknown key, a wrong type, slices of different depths, a model of several parts.

@@ -1,4 +1,4 @@
-"""From a recipe in mergekit's format to the plan of a merge."""
+"""The plan of a merge from a recipe in mergekit's format."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from basiscli.engine.settings import Settings
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
 from basiscli.model.adapted import adapted
-from basiscli.model.stacked import Stretch, depth_of, stacked
-from basiscli.model.vocabulary import Revocabulated, renumbered_files
+from basiscli.model.stacked import LayerRange, layer_count, stack_layers
+from basiscli.model.vocabulary import ReindexedCheckpoint, files_with_new_token_ids
 from basiscli.registry import Registry
 from basiscli.transforms import Method
 
@@ -33,10 +33,17 @@ _PAIR = (2, 2)
 def plan_mergekit(
     recipe: MergekitRecipe, file: Path, registry: Registry, *, out: str | Path | None, settings: Settings
 ) -> MergePlan:
-    """Plan what a recipe asks for; `dtype` and `out_dtype` give way to the settings'.
+    """Return the plan of a recipe's merge; a `dtype` in the settings comes before the recipe's.
+
+    Args:
+        recipe: the parsed recipe.
+        file: it was read from, copied into the output.
+        registry: finds the merge method.
+        out: folder to write; by default the recipe's name, here.
+        settings: of the run.
 
     Raises:
-        UsageError, InputError, HubError, ResourceError: whatever can be refused before the work begins.
+        UsageError, InputError, HubError, ResourceError: anything wrong that shows before weights are read.
     """
     with in_recipe(file, "merge_method"):
         method = registry.find("merge", recipe.merge_method)
@@ -53,7 +60,7 @@ def plan_mergekit(
     stored = {
         name: _open(name, file, headers_only=settings.headers_only, tokenizer=tokenizer) for name in recipe.names()
     }
-    opened, files, notes = _revocabulated(recipe, stored, file)
+    opened, files, notes = _with_vocabulary(recipe, stored, file)
     models: dict[ModelName, Model] = {
         name: checkpoint
         if name.lora is None
@@ -128,18 +135,18 @@ class _Roles:
 def _roles(part: OutputSlice, base: ModelName | None, method: Method, number: int, file: Path) -> _Roles:
     base = part.base_model or base
     names = [source.model for source in part.sources]
-    place = names.index(base) if base in names else None
+    index = names.index(base) if base in names else None
     everyone = list(range(len(names)))
     if "base" in method.wants:
-        if place is None and (method.needs_base or base is not None):
+        if index is None and (method.needs_base or base is not None):
             raise InputError(
                 f"{method.name} needs a base" if base is None else f"slices.{number}: the base {base} is not in it",
                 file=file,
                 remedy="name it as base_model, and in slices list it among the sources",
             )
-        return _Roles(place, [one for one in everyone if one != place])
-    if method.models == _PAIR and place is not None:  # an interpolation begins at the base
-        return _Roles(None, [place, *(one for one in everyone if one != place)])
+        return _Roles(index, [one for one in everyone if one != index])
+    if method.models == _PAIR and index is not None:  # an interpolation begins at the base
+        return _Roles(None, [index, *(one for one in everyone if one != index)])
     return _Roles(None, everyone)
 
 
@@ -147,7 +154,7 @@ def _whole(recipe: MergekitRecipe, method: Method, stored: Mapping[ModelName, Ch
     """Return `models` as one slice of all layers; a base that is not listed joins where the method has a use for it."""
     listed = recipe.part.models or []
     # At least one layer: a model without any has its other tensors.
-    depths = {name: max(1, depth_of(checkpoint)) for name, checkpoint in stored.items()}
+    depths = {name: max(1, layer_count(checkpoint)) for name, checkpoint in stored.items()}
     sources = [
         InputSlice(model=one.model, layer_range=(0, depths[one.model]), parameters=one.parameters) for one in listed
     ]
@@ -167,13 +174,13 @@ def _inputs(
 ) -> tuple[list[Model], Checkpoint | None]:
     """Return the models in the method's order and the base: of slices, checkpoints made of one source of each."""
 
-    def at(places: Sequence[int]) -> Model:
-        sources = [part.sources[place] for part, place in zip(parts, places, strict=True)]
+    def at(indices: Sequence[int]) -> Model:
+        sources = [part.sources[index] for part, index in zip(parts, indices, strict=True)]
         if recipe.part.slices is None:
             return models[sources[0].model]
-        return stacked([_stretch(source, models[source.model], file) for source in sources])
+        return stack_layers([_layer_range(source, models[source.model], file) for source in sources])
 
-    others = [at(places) for places in zip(*(role.others for role in roles), strict=True)]
+    others = [at(indices) for indices in zip(*(role.others for role in roles), strict=True)]
     bases = [role.base for role in roles if role.base is not None]
     if not bases:
         return others, None
@@ -189,17 +196,17 @@ def _inputs(
     return others, base
 
 
-def _stretch(source: InputSlice, model: Model, file: Path) -> Stretch:
+def _layer_range(source: InputSlice, model: Model, file: Path) -> LayerRange:
     if not isinstance(model, Checkpoint) or model.is_assembled:
         raise InputError(
             f"{source.model} is no plain checkpoint: slices take layers of those",
             file=file,
             remedy="write adapters into a checkpoint first (basis expand), and leave out the tokenizer",
         )
-    return Stretch(model, *source.layer_range)
+    return LayerRange(model, *source.layer_range)
 
 
-def _revocabulated(
+def _with_vocabulary(
     recipe: MergekitRecipe, stored: Mapping[ModelName, Checkpoint], file: Path
 ) -> tuple[dict[ModelName, Checkpoint], dict[str, bytes] | None, list[str]]:
     """Return the models with the vocabulary that the recipe asks for, the files that go with it, and notes."""
@@ -216,9 +223,9 @@ def _revocabulated(
         aligned = align(choice, stored, recipe.base_model, file)
         tokenizer, notes = aligned.tokenizer, aligned.notes
         if aligned.rows is not None:
-            opened = {name: Revocabulated(stored[name], rows) for name, rows in aligned.rows.items()}
+            opened = {name: ReindexedCheckpoint(stored[name], rows) for name, rows in aligned.rows.items()}
             notes.append(f"the models' tokens are brought to one vocabulary of {len(tokenizer)}")
-            files = renumbered_files(stored[base], aligned.rows[base])
+            files = files_with_new_token_ids(stored[base], aligned.rows[base])
     if recipe.chat_template is not None:
         template = chat_template(recipe.chat_template, [one.source for one in stored.values()], file)
         if template is None:

@@ -1,4 +1,4 @@
-"""What `basis run` is told."""
+"""The options of `basis run`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mergekit recipe says of each tensor: the method's parameters and one weight a model."""
+"""Parameters of the method and one weight per model for each tensor, from a mergekit recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from basiscli.commands.run.mergekit import IGNORED, MergekitRecipe, OutputSlice
 from basiscli.commands.run.reading import in_recipe
 from basiscli.commands.run.setting import Scalar, Setting, value_at
 from basiscli.errors import InputError, UsageError, did_you_mean
-from basiscli.model.architecture import comes_first, layer_of, with_layer
+from basiscli.model.architecture import is_before_layers, layer_of, with_layer
 from basiscli.transforms import Choices, Method
 from basiscli.transforms.per_model import is_per_model
 
@@ -25,15 +25,15 @@ Settings = Mapping[str, Setting]
 
 @dataclass(frozen=True)
 class TensorParameters:
-    """Parameters by tensor, as `MergePlan.choices` asks for them."""
+    """A function from a tensor's name to the method's parameters and weights; see `FromRecipe.choices`."""
 
     recipe: MergekitRecipe
     method: Method
     file: Path
     slices: Sequence[OutputSlice]
-    """The recipe's slices, in the result's order."""
+    """The recipe's slices, in the order of the result's layers."""
     order: Sequence[Sequence[int]]
-    """For each slice the places of its sources in the order in which the engine gives them to the method."""
+    """For each slice, the indices of its sources in the order in which the method gets them."""
     _known: dict[tuple[Any, ...], tuple[BaseModel, list[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,11 @@ class TensorParameters:
                     )
 
     def __call__(self, name: str) -> tuple[BaseModel, list[float]]:
-        """Return the parameters and the weights for one tensor of the result."""
+        """Return the parameters, and one weight per model, for a tensor of the result.
+
+        Raises:
+            InputError: a value that the method does not take, with its key in the recipe.
+        """
         part, depth, offset = self._place(name)
         cut = self.slices[part]
         shared = [cut.parameters, self.recipe.part.parameters, self.recipe.parameters]
@@ -73,7 +77,7 @@ class TensorParameters:
 
     @property
     def facts(self) -> Any:
-        """What decides the numbers, as plain data."""
+        """All that the parameters depend on, as plain data for the fingerprint."""
         return [[part.model_dump(mode="json") for part in self.slices], self.recipe.model_dump(mode="json"), self.order]
 
     def _checked(self, given: dict[str, Any], weights: list[Any], name: str) -> tuple[BaseModel, list[float]]:
@@ -93,7 +97,7 @@ class TensorParameters:
         """Return a tensor's slice, its depth in it from 0 to 1, and its layer's number in it."""
         layer = layer_of(name)
         if layer is None:  # before the layers, or after them
-            return (0 if comes_first(name) else len(self.slices) - 1), 0.0, None
+            return (0 if is_before_layers(name) else len(self.slices) - 1), 0.0, None
         for number, part in enumerate(self.slices):
             layers = part.sources[0].layers
             if layer < layers:
@@ -102,7 +106,7 @@ class TensorParameters:
         raise InputError("the tensor is in none of the recipe's slices", file=self.file, tensor=name)
 
     def written(self) -> Iterator[tuple[str, Settings]]:
-        """Yield every table of parameters in the recipe, and where it is."""
+        """Yield (key in the recipe, parameters) for every table of parameters."""
         yield "parameters", self.recipe.parameters
         inside = "".join(f"modules.{name}." for name in self.recipe.modules or ())
         if inside:

@@ -1,4 +1,4 @@
-"""Running the steps of a recipe: outputs of one feed the next, and what was done is not done again."""
+"""Running the steps of a recipe: a step can use earlier outputs, and unchanged steps are skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from basiscli.version import __version__
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to."""
+    """The result of one step."""
 
     name: str
     command: str
@@ -32,13 +32,14 @@ class StepResult:
     """The folder it made, or the file of an evaluation's figures."""
     numbers: Mapping[str, float]
     url: str | None = None
-    """Of a push."""
+    """Of a push: the pull request or commit."""
     done_before: bool = False
-    """Whether nothing had changed since an earlier run, and it was not done again."""
+    """Whether an earlier run did it and nothing changed, so that it was skipped."""
     gates: list[Outcome] = field(default_factory=list)
+    """Outcomes of its `fail_if`."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data, for `--json`."""
         return {
             "name": self.name,
             "command": self.command,
@@ -52,7 +53,14 @@ class StepResult:
 
 @dataclass
 class Pipeline:
-    """The steps of a recipe, and the folder that holds what they make, a folder a step."""
+    """The steps of a recipe, and the folder of their outputs, one folder per step.
+
+        pipeline = Pipeline(file, read_steps(read_yaml(file), file), Path("out").resolve())
+        results = pipeline.run(Silent(), finished=lambda result: print(result.name, result.path))
+
+    Raises:
+        UsageError, InputError: steps in an impossible order, or an output folder that cannot be used.
+    """
 
     file: Path
     steps: list[Step]
@@ -66,29 +74,29 @@ class Pipeline:
         self._check_places()
 
     def run(self, progress: Progress, finished: Callable[[StepResult], None]) -> list[StepResult]:
-        """Do the steps in order, each unless it was done before and nothing has changed since.
+        """Run the steps in order, skipping unchanged ones that an earlier run did; return one result per step.
 
         Args:
-            progress: what to tell how far the work is.
+            progress: the display.
             finished: called with each step's result.
 
         Raises:
-            GateFailed: a step's numbers are outside what it asked for; the steps after it are not done.
-            BasisError: whatever the step's command raises.
+            GateFailed: a step's numbers are outside its `fail_if`; the steps after it are not run.
+            BasisError: raised by a step's command; the message names the step.
         """
         results: list[StepResult] = []
         outputs: dict[str, Path] = {}
         for step in self.steps:
-            place, key = self.place(step), self.key(step, outputs)
-            done = self.state.is_done(step.name, key, place)
-            with of_step(step):
+            path, key = self.output_of(step), self.key(step, outputs)
+            done = self.state.is_done(step.name, key, path)
+            with naming_step(step):
                 if not done:
                     self._do(step, key, outputs, progress)
                 entry = self.state.steps[step.name]
                 outcomes = [gate.outcome(entry.numbers) for gate in step.gates]
-            results.append(StepResult(step.name, step.word, place, entry.numbers, entry.url, done, outcomes))
-            if place is not None and step.makes_model:
-                outputs[step.name] = place
+            results.append(StepResult(step.name, step.word, path, entry.numbers, entry.url, done, outcomes))
+            if path is not None and step.makes_model:
+                outputs[step.name] = path
             finished(results[-1])
             failure = failure_of(outcomes)
             if failure is not None:
@@ -97,23 +105,23 @@ class Pipeline:
                 raise failure
         return results
 
-    def place(self, step: Step) -> Path | None:
-        """Return where a step's result goes: a folder, or the file of an evaluation's figures; None for a push."""
+    def output_of(self, step: Step) -> Path | None:
+        """Return the path of a step's output: a folder, or the file of an evaluation's figures; None for a push."""
         if step.command.makes == "commit":
             return None
         return self.folder / (f"{step.name}.json" if step.command.makes == "figures" else step.name)
 
     def key(self, step: Step, outputs: Mapping[str, Path], *, headers_only: bool = False) -> str:
-        """Return a digest of all that decides a step's result: its words, its options, the contents of its inputs.
+        """Return a digest of all that a step's result depends on: command, options, contents of its inputs.
 
         Args:
-            step: one of these.
-            outputs: what earlier steps made.
-            headers_only: of models of the Hub that are not here fetch headers alone, which give the same key.
+            step: one of the steps.
+            outputs: folders that earlier steps made, by step name.
+            headers_only: of models on the Hub fetch headers alone, which give the same key.
         """
         inputs = {"": step.given, **{name: [str(step.options[name])] for name in step.inputs}}
         contents = {
-            name: [self._content(step, meant(word, outputs), headers_only=headers_only) for word in words]
+            name: [self._content(step, resolve_word(word, outputs), headers_only=headers_only) for word in words]
             for name, words in inputs.items()
         }
         for name in step.sources:
@@ -125,37 +133,37 @@ class Pipeline:
 
     def _do(self, step: Step, key: str, outputs: Mapping[str, Path], progress: Progress) -> None:
         given, options = inputs_of(step, outputs)
-        command, place = step.command, self.place(step)
-        if place is None:
+        command, path = step.command, self.output_of(step)
+        if path is None:
             pushed = command.do(step.bound(given, options), progress)
             self.state.record(step.name, key, None, {}, pushed.url)
             return
         ours = step.name in self.state.steps
-        if not ours and not place.exists():
+        if not ours and not path.exists():
             self.state.begin(step.name)  # whatever ends this run, the next one may replace what it finds here
         if command.makes == "figures":
             evaluation = command.do(step.bound(given, options), progress)
-            place.write_text(json.dumps(for_json(evaluation.as_dict()), indent=1, allow_nan=False) + "\n")
-            self.state.record(step.name, key, place, evaluation.numbers, None)
+            path.write_text(json.dumps(for_json(evaluation.as_dict()), indent=1, allow_nan=False) + "\n")
+            self.state.record(step.name, key, path, evaluation.numbers, None)
             return
-        if ours and _is_bare_adapter(place):
-            shutil.rmtree(place)  # `expand` writes no report, by which `--overwrite` would know it
-        made = command.do(step.bound(given, options, output=place, overwrite=self.overwrite or ours), progress)
+        if ours and _is_bare_adapter(path):
+            shutil.rmtree(path)  # `expand` writes no report, by which `--overwrite` would know it
+        made = command.do(step.bound(given, options, output=path, overwrite=self.overwrite or ours), progress)
         report = getattr(made, "report", None)
-        self.state.record(step.name, key, place, report.numbers if report else {}, None)
+        self.state.record(step.name, key, path, report.numbers if report else {}, None)
 
     def _content(self, step: Step, word: str, *, headers_only: bool) -> Any:
         """Return what identifies an input, with the base that it names itself if the step names none."""
-        place = Path(word).expanduser()
-        if not place.exists():
+        path = Path(word).expanduser()
+        if not path.exists():
             if step.command.makes == "commit" or not is_hub_id(word):
                 return None  # a file that is missing, which the command says
             source = resolve(word, headers_only=headers_only)
             return f"{source.repo_id}@{source.revision}"
-        content, source = self.state.content(place), Source(word, place)
+        content, source = self.state.content(path), Source(word, path)
         if "base" in step.options or not source.is_adapter or source.base_model is None:
             return content
-        bases = [place / source.base_model, Path(source.base_model)]
+        bases = [path / source.base_model, Path(source.base_model)]
         return [content, next((self.state.content(base) for base in bases if base.exists()), source.base_model)]
 
     # What is refused before the work ----------------------------------------------------------------------------------
@@ -190,37 +198,37 @@ class Pipeline:
                 remedy="choose another -o, or add --overwrite to replace what basis made in it",
             )
         for step in self.steps:
-            place = self.place(step)
-            if place is not None and place.exists() and step.name not in self.state.steps:
+            output = self.output_of(step)
+            if output is not None and output.exists() and step.name not in self.state.steps:
                 raise UsageError(
                     f"'{step.name}' is there already, and this recipe did not make it",
-                    file=place,
+                    file=output,
                     remedy="choose another -o, or add --overwrite to replace what basis made",
                 )
 
 
 def words_of(step: Step) -> list[str]:
-    """Return the words of a step that may name what another step made."""
+    """Return the arguments and options of a step that may name an earlier step's output."""
     return [*step.given, *(str(step.options[name]) for name in step.inputs)]
 
 
-def meant(word: str, outputs: Mapping[str, Path]) -> str:
-    """Return what a word names: an earlier step's result, or something in it, or what it says."""
+def resolve_word(word: str, outputs: Mapping[str, Path]) -> str:
+    """Return the path of an earlier step's output for `STEP` or `STEP/file`, any other word unchanged."""
     first, _, rest = word.partition("/")
-    place = outputs.get(first)
-    return word if place is None else str(place / rest if rest else place)
+    path = outputs.get(first)
+    return word if path is None else str(path / rest if rest else path)
 
 
 def inputs_of(step: Step, outputs: Mapping[str, Path]) -> tuple[list[str], dict[str, Any]]:
-    """Return what comes after the command, and the options, with paths in the place of steps' names."""
+    """Return a step's arguments and options with names of earlier steps replaced by the paths of their outputs."""
     inputs = step.inputs
-    options = {k: meant(str(v), outputs) if k in inputs else v for k, v in step.options.items()}
-    return [meant(word, outputs) for word in step.given], options
+    options = {k: resolve_word(str(v), outputs) if k in inputs else v for k, v in step.options.items()}
+    return [resolve_word(word, outputs) for word in step.given], options
 
 
 @contextmanager
-def of_step(step: Step) -> Iterator[None]:
-    """Say in an error which step it is about."""
+def naming_step(step: Step) -> Iterator[None]:
+    """Add the step's name to the message of an error of the block."""
     try:
         yield
     except BasisError as error:
@@ -228,6 +236,6 @@ def of_step(step: Step) -> Iterator[None]:
         raise
 
 
-def _is_bare_adapter(place: Path) -> bool:
-    names = {item.name for item in place.iterdir()} if place.is_dir() else set()
+def _is_bare_adapter(path: Path) -> bool:
+    names = {item.name for item in path.iterdir()} if path.is_dir() else set()
     return ADAPTER_CONFIG in names and names <= {ADAPTER_CONFIG, ADAPTER_FILE, "README.md"}

@@ -1,4 +1,4 @@
-"""What the steps of a recipe would cost: each is planned on what the ones before it would make."""
+"""Cost estimates of a recipe's steps: each is planned on placeholder outputs of the steps before it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from basiscli.checkpoints.header import encode_header
 from basiscli.checkpoints.layout import METADATA, Layout
 from basiscli.checkpoints.sidecars import sidecar_files
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.commands.run.pipeline import Pipeline, inputs_of, of_step, words_of
+from basiscli.commands.run.pipeline import Pipeline, inputs_of, naming_step, words_of
 from basiscli.commands.run.steps import Step
 from basiscli.engine.pricing import Price
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step would cost; None where only the work can tell."""
+    """The cost estimate of one step; figures are None where they depend on the data."""
 
     name: str
     command: str
     path: Path | None
     done_before: bool
+    """Whether an earlier run did it and nothing changed, so that it costs nothing."""
     read_bytes: int | None = None
     write_bytes: int | None = None
     peak_bytes: int | None = None
@@ -42,10 +43,10 @@ class StepPlan:
 
 
 def price(pipeline: Pipeline) -> list[StepPlan]:
-    """Return what every step would cost, and write nothing.
+    """Return the cost estimate of every step, without writing an output.
 
-    Where steps take what others would make, they are planned on folders of headers without data; of models of the Hub
-    that are not here, headers alone are fetched.
+    The output of a step that is not done is replaced by a temporary folder of headers without data, on which the steps
+    after it are planned. Of models on the Hub that are not in the cache, only headers are fetched.
     """
     plans = []
     outputs: dict[str, Path] = {}
@@ -53,27 +54,27 @@ def price(pipeline: Pipeline) -> list[StepPlan]:
     unknown: set[str] = set()
     with TemporaryDirectory() as scratch:
         for step in pipeline.steps:
-            place = pipeline.place(step)
+            path = pipeline.output_of(step)
             takes = {word.partition("/")[0] for word in words_of(step)}
             done = not takes & undone and pipeline.state.is_done(
-                step.name, pipeline.key(step, outputs, headers_only=True), place
+                step.name, pipeline.key(step, outputs, headers_only=True), path
             )
             shadow = Path(scratch) / step.name
-            plan = None if done or takes & unknown else _priced(step, place, outputs, shadow)
-            plans.append(plan or StepPlan(step.name, step.word, place, done))
-            if place is not None and step.makes_model:
-                outputs[step.name] = place if done else shadow
+            plan = None if done or takes & unknown else _priced(step, path, outputs, shadow)
+            plans.append(plan or StepPlan(step.name, step.word, path, done))
+            if path is not None and step.makes_model:
+                outputs[step.name] = path if done else shadow
                 undone |= set() if done else {step.name}
                 unknown |= set() if done or shadow.exists() else {step.name}
     return plans
 
 
-def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow: Path) -> StepPlan | None:
+def _priced(step: Step, path: Path | None, outputs: Mapping[str, Path], shadow: Path) -> StepPlan | None:
     """Plan a step and leave a hollow folder, its shadow, in the place of its result; None for one without a plan."""
     if step.command.plan is None:
         return None
     given, options = inputs_of(step, outputs)
-    with of_step(step):
+    with naming_step(step):
         planned = step.command.planned(step.bound(given, options, output=shadow, headers_only=True))
     planned.close()
     layout: Layout = planned.layout
@@ -82,7 +83,7 @@ def _priced(step: Step, place: Path | None, outputs: Mapping[str, Path], shadow:
         _hollow(layout, model, getattr(planned, "adapter_rank", None) or getattr(planned, "rank", None), shadow)
     found = planned.price()
     read, write = (None, layout.nbytes) if found is None else (found.read_bytes, found.write_bytes)
-    return StepPlan(step.name, step.word, place, False, read, write, getattr(planned, "peak_bytes", None), found)
+    return StepPlan(step.name, step.word, path, False, read, write, getattr(planned, "peak_bytes", None), found)
 
 
 def _hollow(layout: Layout, model: Checkpoint, rank: int | None, folder: Path) -> None:

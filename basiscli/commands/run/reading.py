@@ -1,4 +1,4 @@
-"""Reading a recipe file, with errors that say where in it something is wrong."""
+"""Reading and checking of recipe files, with errors that name the wrong key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORM = re.compile(r"bool|int|float|str|Conditional|\w+\[.*\]|function-.*|as-.*"
 
 
 class Strict(BaseModel):
-    """A part of a recipe: unknown keys are errors."""
+    """Base of the schemas of recipes: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,10 +31,10 @@ Part = TypeVar("Part", bound=BaseModel)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the table that a recipe file holds.
+    """Return the top-level table of a recipe file as a dictionary.
 
     Raises:
-        InputError: no such file, no YAML, several documents, a key twice, or no table.
+        InputError: the file is missing, too large, not YAML or not a table, has several documents or a key twice.
     """
     import yaml
 
@@ -90,41 +90,41 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
 
 
 @contextmanager
-def in_recipe(file: Path, place: str = "") -> Iterator[None]:
-    """Make an error about a word of the command line one about a place in a recipe."""
+def in_recipe(file: Path, key: str = "") -> Iterator[None]:
+    """Turn a `UsageError` of the block into an `InputError` that names the recipe and a key in it."""
     try:
         yield
     except UsageError as error:
-        raise InputError(f"{place}: {error.what}" if place else error.what, file=file, remedy=error.remedy) from error
+        raise InputError(f"{key}: {error.what}" if key else error.what, file=file, remedy=error.remedy) from error
 
 
 def parse(model: type[Part], table: Mapping[str, Any], file: Path, within: str = "") -> Part:
-    """Check a table against the schema of a recipe, or of the part of it that lies `within`.
+    """Return a table as an instance of a schema; `within` is the key of the table in the recipe.
 
     Raises:
-        InputError: the first thing that is wrong, with its place in the file and, for a key, the nearest known one.
+        InputError: the table does not fit, with the key in the file and, for an unknown key, the nearest known one.
     """
     try:
         return model.model_validate(dict(table))
     except ValidationError as error:
         # Of the forms that a value may take, the one that went furthest is the one that was meant.
         first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-        place = [part for part in first["loc"] if isinstance(part, int) or not _FORM.fullmatch(str(part))]
-        where = ".".join(map(str, [within, *place] if within else place))
+        location = [part for part in first["loc"] if isinstance(part, int) or not _FORM.fullmatch(str(part))]
+        where = ".".join(map(str, [within, *location] if within else location))
         if first["type"] == "extra_forbidden":
             key = str(first["loc"][-1])
-            known = _known_keys(model, place[:-1])
+            known = _known_keys(model, location[:-1])
             raise InputError(f"unknown key '{key}' ({where})", file=file, remedy=did_you_mean(key, known)) from error
         what = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where or 'recipe'}: {what}", file=file, remedy="see docs/recipes.md") from error
 
 
-def _known_keys(model: type[BaseModel], place: list[str | int]) -> set[str]:
-    """Return the keys of the part of a schema that a place in the file leads to."""
+def _known_keys(model: type[BaseModel], location: list[str | int]) -> set[str]:
+    """Return the keys that a schema has at a location in the file."""
     found: Any = model
-    for part in place:
+    for part in location:
         field = next((one.model_fields[part] for one in _models_in(found) if part in one.model_fields), None)
-        if field is not None:  # else a place in a list, or a name that the user chose
+        if field is not None:  # else an index of a list, or a name that the user chose
             found = field.annotation
     return {key for one in _models_in(found) for key in one.model_fields}
 

@@ -1,4 +1,4 @@
-"""A parameter whose value depends on the tensor: one value, a gradient over the layers, or values by filter."""
+"""Parameters whose value depends on the tensor: one value, a gradient over the layers, or values by filter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Scalar = bool | int | float | str
 
 
 class Conditional(BaseModel):
-    """A value for the tensors whose names contain the filter; without a filter for all."""
+    """A value for tensors whose names contain the filter; without a filter, or with `*`, for all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -18,23 +18,23 @@ class Conditional(BaseModel):
     filter: str | None = None
 
     def applies(self, tensor: str) -> bool:
-        """Return whether the filter lets a tensor through."""
+        """Return whether the value is for this tensor."""
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
 
 Setting = Scalar | list[Scalar] | Conditional | list[Conditional]
-"""What a recipe may write as a parameter's value."""
+"""The forms of a parameter's value in a recipe."""
 
 
 def value_at(setting: Setting, tensor: str, depth: float) -> Scalar | None:
-    """Return a parameter's value for one tensor; None where no filter lets it through.
+    """Return a parameter's value for one tensor; None where no filter matches.
 
     Args:
         setting: as written.
         tensor: the tensor's name; the first filter that is part of it decides.
-        depth: the layer's place in its slice, from 0 (first) to 1 (last). A list of numbers is a gradient: its values
-            lie at equal distances over the slice, and between them the value is interpolated. Of a list of words or
-            truth values the one at or before the place is taken.
+        depth: of the tensor's layer in its slice, from 0 (first) to 1 (last). A list of numbers is a gradient: its
+            values lie at equal distances over the slice, with linear interpolation between them. Of a list of strings
+            or booleans the one at or before the depth is taken.
     """
     if isinstance(setting, Conditional):
         setting = [setting]

@@ -1,4 +1,4 @@
-"""What a pipeline has done: for each step the digest of all that decided its result, and what the result was."""
+"""The record of a pipeline's finished steps: for each a digest of its inputs and options, and of its result."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ _CARD = "README.md"
 
 
 class Entry(BaseModel):
-    """What is kept of a step; without a key it was begun and not finished."""
+    """The record of one step; without a key it was begun and not finished."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")  # JSON has no numbers for NaN and Inf
 
     key: str | None = None
+    """Digest of its options and of its inputs' contents; see `Pipeline.key`."""
     content: str | None = None
+    """Digest of its result; see `State.content`."""
     numbers: dict[str, float] = {}
     url: str | None = None
+    """Of a push."""
 
 
 @dataclass
 class State:
-    """The record beside the steps' results; contents decide, not times."""
+    """The record of all steps, in `basis_pipeline.json` beside their results. Contents are compared, not times."""
 
     folder: Path
     steps: dict[str, Entry] = field(default_factory=dict)
@@ -41,7 +44,7 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """Return what an earlier run left, or an empty record; one that cannot be read counts as none."""
+        """Return the record of an earlier run in this folder; an empty one where there is none or it is damaged."""
         try:
             stored = json.loads((folder / STATE).read_text())
             steps = {str(name): Entry.model_validate(entry) for name, entry in stored["steps"].items()}
@@ -53,7 +56,7 @@ class State:
             return cls(folder)
 
     def write(self) -> None:
-        """Write it, whole or not at all."""
+        """Write the record to its file, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = {name: json.loads(entry.model_dump_json()) for name, entry in self.steps.items()}
         document = {"version": __version__, "steps": steps, "digests": self._digests}
@@ -64,7 +67,7 @@ class State:
     def content(self, path: Path) -> str:
         """Return a digest of a file, or of all files of a folder but hidden ones and its report and card.
 
-        Report and card tell of the making: when it was, and how long it took.
+        Report and card hold times, which differ when the same result is made again.
         """
         if path.is_file():
             return self._digest(path)
@@ -77,19 +80,19 @@ class State:
         return digest_of(found)
 
     def is_done(self, name: str, key: str, path: Path | None) -> bool:
-        """Return whether a step was done before, and its result is still what it was."""
+        """Return whether a step was done with this key, and its result at `path` is unchanged since."""
         entry = self.steps.get(name)
         if entry is None or entry.key != key:
             return False
         return path is None or (path.exists() and self.content(path) == entry.content)
 
     def begin(self, name: str) -> None:
-        """Note that what a step's name stands for is this pipeline's from now on, done or not."""
+        """Record that a step has begun, so that a later run may replace its unfinished result."""
         self.steps[name] = Entry()
         self.write()
 
     def record(self, name: str, key: str, path: Path | None, numbers: Mapping[str, float], url: str | None) -> None:
-        """Note that a step is done."""
+        """Record that a step is done: the digest of its result at `path`, its numbers, the URL of a push."""
         content = None if path is None else self.content(path)
         self.steps[name] = Entry(key=key, content=content, numbers=dict(numbers), url=url)
         self.write()
@@ -105,5 +108,5 @@ class State:
 
 
 def digest_of(facts: Any) -> str:
-    """Return the digest of plain data."""
+    """Return the SHA-256 of plain data as sorted JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Our own recipes: a list of steps, each one command with its options under the names the Python functions have.
+"""The schema of basis's own recipes: a list of steps, each one command with the Python function's keywords.
 
     steps:
       - merge: [sre, jobs]
@@ -36,7 +36,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)
 
 
 class Recipe(Strict):
-    """A whole file."""
+    """A whole recipe file."""
 
     steps: list[dict[str, Any]]
 
@@ -48,10 +48,11 @@ class Step:
     name: str
     command: Command
     given: list[str]
-    """What comes after the command: models, or one model, adapter or folder."""
+    """The command's argument: models, or one model, adapter or folder."""
     options: Mapping[str, Any]
-    """By the names of the command's model."""
+    """Values by field name of the command's options."""
     gates: list[Gate]
+    """Its `fail_if`."""
 
     @property
     def word(self) -> str:
@@ -60,28 +61,28 @@ class Step:
 
     @property
     def makes_model(self) -> bool:
-        """Whether it writes a folder that later steps can use."""
+        """Whether it writes a model or adapter that later steps can use."""
         return self.command.makes == "model"
 
     @property
     def inputs(self) -> list[str]:
-        """The options that name a model or a file, where an earlier step's name stands for its result."""
+        """Names of its options whose value is a model or file, or an earlier step's name."""
         meanings = options_of(self.command.model)
         return sorted(name for name in self.options if meanings[name].names is not None)
 
     @property
     def sources(self) -> list[str]:
-        """The options that name files whose contents decide the result, and that no step makes."""
+        """Names of options whose value is a file that the result depends on and that no step makes, such as plugins."""
         return sorted(name for name, meaning in options_of(self.command.model).items() if meaning.contents)
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The options that decide the result: not how much is done at a time."""
+        """Its options without those that never change the result, such as `workers`."""
         meanings = options_of(self.command.model)
         return {name: value for name, value in self.options.items() if not meanings[name].same_bytes}
 
     def bound(self, given: list[str], options: Mapping[str, Any], **more: Any) -> Options:
-        """Return the command's options for these inputs, and of `more` those that the command has."""
+        """Return the command's options with these arguments and options, and those of `more` that the command has."""
         model = self.command.model
         first = _argument(model)
         words = given if plain_type(model.model_fields[first]) == list[str] else given[0]
@@ -90,14 +91,14 @@ class Step:
 
 
 def read_steps(table: Mapping[str, Any], file: Path) -> list[Step]:
-    """Check a table against the schema of our recipes.
+    """Return the steps of a recipe's table, checked.
 
     Raises:
-        InputError: an unknown command or option, a value of a wrong type, a name that is taken twice.
+        InputError: an unknown command or option, a value of a wrong type, or two steps of one name.
     """
     steps: list[Step] = []
-    for place, given in enumerate(parse(Recipe, table, file).steps):
-        step = _step(given, f"steps.{place}", file, [one.name for one in steps])
+    for index, given in enumerate(parse(Recipe, table, file).steps):
+        step = _step(given, f"steps.{index}", file, [one.name for one in steps])
         if step.name in {one.name for one in steps}:
             raise InputError(f"two steps are called '{step.name}'", file=file, remedy="give each a name of its own")
         steps.append(step)
@@ -107,7 +108,7 @@ def read_steps(table: Mapping[str, Any], file: Path) -> list[Step]:
 
 
 def commands() -> dict[str, Command]:
-    """Return the installed commands that can be steps, by name; one that does not load is none."""
+    """Return the installed commands that can be steps, by name; those that fail to load are left out."""
     found = {}
     for name, point in command_points().items():
         try:

@@ -1,4 +1,4 @@
-"""The tokenizer that a recipe asks for, and where each model's rows for its tokens come from."""
+"""The tokenizer of a recipe's result, and the source of each model's embedding rows for it."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ class Alignment:
     """One vocabulary for all models."""
 
     rows: Mapping[ModelName, RowMap] | None
-    """None where all models have the result's vocabulary already."""
+    """By model, the source of each row; None where all models have the result's vocabulary already."""
     tokenizer: Any
+    """The result's, of transformers."""
     notes: list[str]
 
 
 def align(
     choice: TokenizerChoice, checkpoints: Mapping[ModelName, Checkpoint], base_model: ModelName | None, file: Path
 ) -> Alignment:
-    """Make the result's tokenizer and find each model's rows for it.
+    """Return the result's tokenizer and the source of each model's rows for it.
 
-    Absent rows come from where the recipe says; else from the only model that has the token; else from the base; else
-    they are the mean over the models that have it.
+    Rows that a model lacks come from the source that the recipe names; else from the only model that has the token;
+    else from the base; else they are the mean over the models that have it.
 
     Args:
-        choice: what the recipe says.
+        choice: the recipe's `tokenizer` table.
         checkpoints: every model of the merge.
-        base_model: the base, if there is one; else the first model's tokenizer counts as the base's.
+        base_model: the base; None to take the first model's tokenizer as the base's.
         file: the recipe.
 
     Raises:
@@ -82,7 +83,7 @@ def align(
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """Return the files that a tokenizer saves, by name."""
+    """Return the contents of the files that a transformers tokenizer saves, by name."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {item.name: item.read_bytes() for item in sorted(Path(folder).iterdir()) if item.is_file()}
@@ -94,7 +95,7 @@ def chat_template(word: str, sources: Sequence[Source], file: Path) -> str | Non
     None if that is 'auto' and no model has one.
 
     Raises:
-        InputError: none of these.
+        InputError: the word is none of these.
     """
     if word == "auto":
         found = Counter(template.strip() for source in sources if (template := _template(source)))
@@ -177,7 +178,7 @@ def _row_maps(
             nowhere.append(token)
     if nowhere:
         notes.append(f"{len(nowhere)} tokens are in no model, such as {min(nowhere)!r}: their rows are zero")
-    return {name: RowMap(places, donors) for name, places in own.items()}
+    return {name: RowMap(rows, donors) for name, rows in own.items()}
 
 
 def _said(

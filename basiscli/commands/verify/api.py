@@ -1,4 +1,4 @@
-"""Checking a checkpoint on disk: structure of its files, and digests against its report. Needs no torch."""
+"""Verification of a checkpoint on disk: structure of its files, and digests against its report; without torch."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ from basiscli.reports.schema import KVRecord, Report, read_report
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked; it is only returned when everything is right."""
+    """The result of a verification without errors."""
 
     path: Path
     tensors: int
+    """How many were checked."""
     checked_digests: bool
     """Whether there was a report to check the bytes of every tensor against."""
     weights_digest: str | None
     report: str = REPORT
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data, for `--json`."""
         return asdict(self) | {"path": str(self.path)}
 
 
 def verify(model: str | Path, *, progress: Progress | None = None) -> Verification:
-    """Check a model's files.
+    """Check a model's files against their headers and its report; return only if all of it is right.
 
     Args:
-        model: folder, weights file, Hub id or LoRA adapter; what `init` made, with the adapter and the residual in it.
-        progress: what to tell how far the work is.
+        model: folder, weights file, Hub id or LoRA adapter; or the folder of `init` with adapter and residual.
+        progress: a progress display; none by default.
 
     Raises:
-        InputError: the first thing that is wrong: a damaged or missing file, a tensor too many or too few, or one whose
-            bytes are not those that the report says were written.
+        InputError: the first error: a damaged or missing file, a tensor too many or too few, or a digest that is not
+            the report's.
     """
     source = resolve(str(model))
     tensors: dict[str, StoredTensor] = {}

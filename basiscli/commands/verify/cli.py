@@ -1,4 +1,4 @@
-"""`basis verify`: its options, and what the terminal shows of it."""
+"""Options and terminal output of `basis verify`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Compression methods, one a file."""
+"""KV compression methods, one per file."""

@@ -1,4 +1,4 @@
-"""MatryoshkaKV: orthogonal projections of keys and values, trained so that any number of leading columns serves."""
+"""MatryoshkaKV: trained orthogonal projections of keys and values that can be truncated at any rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Matryoshka(KVCompression):
     parameters: MatryoshkaParameters
 
     def start(self, moments: AttentionMoments) -> Tensor:
-        """Return principal axes, for `attention` turned to what attention makes of keys and values."""
+        """Return initial bases, float32 [layers, 2, KV heads, d, d]: principal axes, or those for `attention`."""
         import torch
 
         from basiscli.linalg.orthogonal import least_product_error, principal_axes
@@ -52,26 +52,26 @@ class Matryoshka(KVCompression):
         return torch.stack(found, 1).float()
 
     def turned(self, start: Tensor, free: Tensor) -> Tensor:
-        """Return U₀ · Cayley(free − freeᵀ)."""
+        """Return the bases U₀ (I − A/2)⁻¹ (I + A/2) for A = free − freeᵀ, all [layers, 2, KV heads, d, d]."""
         from basiscli.linalg.orthogonal import cayley
 
         return start @ cayley(free)
 
     def draw(self, shape: tuple[int, ...], levels: int, generator: Generator) -> Tensor:
-        """Return ranks drawn uniformly from all levels, for every basis on its own."""
+        """Return an independent uniform rank in 1 … levels for every basis, int64 of `shape`."""
         import torch
 
         return torch.randint(1, levels + 1, shape, generator=generator)
 
     def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over tokens of the weighted KL divergence (temperature 1) and cross-entropy."""
+        """Return the weighted KL divergence and cross-entropy, mean over tokens, of logits [tokens, vocabulary]."""
         share = self.parameters.kl_weight
         log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         return share * divergence - (1 - share) * log_q.gather(-1, labels[:, None]).mean()
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Return the rate of a linear warm-up followed by half a cosine."""
+        """Return the learning rate of a step: linear warm-up, then half a cosine down to 0."""
         warmup = min(self.parameters.warmup, steps // 10)
         if step < warmup:
             return self.parameters.learning_rate * (step + 1) / warmup

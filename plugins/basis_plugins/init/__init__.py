@@ -1,1 +1,1 @@
-"""Methods that initialise adapters, one a file."""
+"""Methods that initialise adapters, one per file."""

@@ -1,4 +1,4 @@
-"""EVA: the adapter's A spans the directions in which its inputs vary most, and ranks go where they explain most."""
+"""EVA: A spans the principal directions of a layer's inputs, and ranks are shared out by explained variance."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class EVA(DataInit):
     parameters: EVAParameters
 
     def offered(self, rank: int) -> int:
-        """Return round(rho · rank)."""
+        """Return how many directions a module offers: round(rho · rank)."""
         return round(self.parameters.rho * rank)
 
     def directions(self, inputs: InputMoments, count: int, svd: SVD) -> tuple[Tensor, Tensor]:
-        """Return the leading eigenvectors of the inputs' covariance and their explained variance ratios."""
+        """Return the inputs' leading principal directions [count, in] and their explained variance ratios [count]."""
         scatter = inputs.centred if self.parameters.center else inputs.raw
         rows, squares = svd.axes(scatter, count)
         scores = squares / scatter.trace().clamp_min(1e-300)

@@ -1,1 +1,1 @@
-"""Merge methods."""
+"""Merge methods, one per file."""

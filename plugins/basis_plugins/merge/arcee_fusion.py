@@ -15,9 +15,9 @@ _EPS = 1e-8
 
 class _Measured(NamedTuple):
     divergence: dict[int, Tensor]
-    """By the place of a block's first element: how much the distribution of each of its rows differs, [rows, 1]."""
+    """By the flat index of a block's first element: KL divergence of each of its rows, [rows, 1]."""
     threshold: float
-    """The importance from which an element is taken over."""
+    """Importance from which on an element of the second model is taken."""
 
 
 def _importances(blocks: Blocks) -> _Measured:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def trims(
     blocks: Blocks, weights: list[float], earlier: int, density: Density, gamma: Gamma, rescale: Rescale
 ) -> list[Sparsifier]:
-    """Return what drops each model's smallest elements and its outliers."""
+    """Return a sparsifier per model that drops its smallest elements and its outliers."""
     from basiscli.linalg.sparsify import rescaled, trims_without_outliers
 
     models = len(weights)

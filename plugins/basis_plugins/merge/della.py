@@ -23,7 +23,7 @@ def samplers(
     epsilon: Epsilon,
     rescale: Rescale,
 ) -> list[Sparsifier]:
-    """Return what drops each model's elements at random, the small ones rather."""
+    """Return a sparsifier per model that drops elements at random, smaller ones with higher probability."""
     from basiscli.linalg.sparsify import magnitude_sampled, rescaled
 
     models = len(weights)
@@ -33,7 +33,7 @@ def samplers(
 
 
 def check_probabilities(choices: Choices) -> None:
-    """Refuse densities and epsilons whose probabilities leave the range from 0 to 1.
+    """Raise for densities and epsilons whose probabilities are not within 0 and 1.
 
     Raises:
         UsageError: for the first model with such a pair.

@@ -1,4 +1,4 @@
-"""Parameters that several methods have, with mergekit's names; `PerModel` ones take a list with one number a model."""
+"""Annotated types of parameters that several methods share, with mergekit's names."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ TopK = Annotated[float, Field(gt=0, le=1, description="share of elements kept, t
 
 class _Measured(NamedTuple):
     cut: Cut | None
-    """The border of the elements with the largest variance; None: all are kept."""
+    """Threshold of the elements with the largest variance; None to keep all."""
     weights: list[float]
 
 
@@ -38,8 +38,8 @@ def _select_and_weigh(blocks: Blocks, weights: list[float], select_topk: TopK) -
         cut = largest(variances, [[wanted]])[0][0] if wanted else NOTHING
     energies = [0.0] * len(weights)
     for block in blocks:
-        for place, task_vector in enumerate(_selected(block.task_vectors, cut, block.start)):
-            energies[place] += float(task_vector.reshape(-1) @ task_vector.reshape(-1))
+        for index, task_vector in enumerate(_selected(block.task_vectors, cut, block.start)):
+            energies[index] += float(task_vector.reshape(-1) @ task_vector.reshape(-1))
     total = sum(energies) / max(1, blocks.count)
     # Next to nothing in any task vector: no weight is better than another.
     equal = total < 1e-6

@@ -1,4 +1,4 @@
-"""What sums of sparsified task vectors share: continuing one with `--onto`, which sparsifies the new models only."""
+"""Shared by sums of sparsified task vectors: continuing one with `--onto`, which sparsifies the new models only."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def onto_weight(history: History) -> float:
-    """Return what multiplies an earlier result's task vector to give back its sum."""
+    """Return the weight 1/λ by which an earlier result's task vector becomes the sum again."""
     return 1.0 / float(history.parameters["lambda"])
 
 
 def check_onto(choices: Choices) -> None:
-    """Refuse to continue a mean: a sum can be added to, and what it was divided by is another number than its scale.
+    """Raise for a mean, which cannot be continued: the number it was divided by is not its scale.
 
     Raises:
-        UsageError: `normalize`, now or in the earlier merge.
+        UsageError: `normalize` is set, now or in the earlier merge.
     """
     history = choices.history
     if history is not None and (choices.values["normalize"] or history.parameters["normalize"]):
@@ -29,14 +29,14 @@ def check_onto(choices: Choices) -> None:
 
 
 def each(value: float | list[float], models: int, earlier: int) -> list[float]:
-    """Return one number a model, and 1 (nothing is dropped) for the sum of an earlier merge, which comes first."""
+    """Return one number per model, with 1 (nothing dropped) for the result of an earlier merge, which comes first."""
     continued = int(earlier > 0)
     return [1.0] * continued + per_model(value, models - continued)
 
 
 def first_number(earlier: int) -> int:
-    """Return the number of the first of the models, counted over all merges: each draws random numbers of its own.
+    """Return the index of the first model over all merges, by which each has its own random stream.
 
-    The first place of a continued merge is its last model's; that one draws nothing again.
+    In a continued merge, index 0 is the earlier result, which takes the last earlier model's index and draws nothing.
     """
     return max(0, earlier - 1)
