@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 ATTENTION = "basis"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-_CACHES = ("past_key_values", "layer_past")  # what attention modules call the cache; GPT-NeoX has its own name
 _SMALL_QUERY = 8  # up to so many query tokens, two plain products beat the attention kernels
 
 
@@ -314,7 +313,8 @@ def _allocated(layer: Any) -> tuple[int, int, int] | None:
 
 def _use_proxy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     projection = module.kv_projection
-    caches = [name for name in _CACHES if kwargs.get(name) is not None]
+    # Found by what it is: its name is `past_key_values`, from transformers 5.24 on `cache`, in GPT-NeoX `layer_past`.
+    caches = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if not caches or not isinstance(projection, KVProjection):
         return None
     return args, {**kwargs, **{name: ProjectingCache(kwargs[name], projection) for name in caches}}
