@@ -34,8 +34,8 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def merged(smollm2: Path, domains: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> basiscli.MergeResult:
-    out = tmp_path_factory.mktemp("smollm2") / "merged"
+def merged(smollm2: Path, domains: dict[str, Path], place: Path) -> basiscli.MergeResult:
+    out = place / "merged"
     return basiscli.merge(list(domains.values()), method="ortho", base=smollm2, output=out)
 
 
