@@ -25,9 +25,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def untrained(smollm2: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(smollm2: Path, text: Path, place: Path) -> Path:
     """Return SmolLM2 with the quick path's bases, half of its cache removed."""
-    out = tmp_path_factory.mktemp("kv") / "quick"
+    out = place / "quick"
     return basiscli.compress(
         smollm2, kv_ratio=0.5, train_steps=0, search="spectrum", calibration=text, length=128, output=out
     ).path
