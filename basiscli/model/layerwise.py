@@ -107,6 +107,7 @@ class LayerwiseModel:
         with self._lock:
             if self._held != layer:
                 self.release()
+                self._weights.load(self.layers[layer], f"{self.path}.{layer}")
                 self._held = layer
         with self._collecting(self.batches[batch]) as collector, self._running():
             out = self.layers[layer](hidden, *args, **kwargs)

@@ -213,7 +213,7 @@ def _part(model: nn.Module, parameter: str, holders: Mapping[int, list[str]], *,
 
 def _reads_weights_of(parent: nn.Module, name: str) -> bool:
     """Return whether a module multiplies with a child's weight without calling the child, as Mamba's mixers do."""
-    return "mamba" in type(parent).__name__.lower() and name.rpartition(".")[2] == "out_proj"
+    return "mamba" in type(parent).__name__.lower() and name.rpartition(".")[2] in {"out_proj", "x_proj", "dt_proj"}
 
 
 def _kind(module: nn.Module, leaf: str) -> Kind:
@@ -224,8 +224,8 @@ def _kind(module: nn.Module, leaf: str) -> Kind:
         return Kind.BUFFER
     if leaf == "bias" or leaf.endswith("_bias"):
         return Kind.BIAS
-    if isinstance(module, nn.Linear | Conv1D):
-        return Kind.LINEAR
+    if isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
+        return Kind.LINEAR  # and not Llama 4's router, which is a Linear that returns scores
     if isinstance(module, nn.Embedding):
         return Kind.EMBEDDING
     if isinstance(module, nn.modules.conv._ConvNd):

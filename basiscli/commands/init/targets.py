@@ -36,7 +36,7 @@ def find_targets(model: Checkpoint, wanted: str | Sequence[str]) -> dict[str, st
         )
     leaves = sorted({_leaf(module) for module in weights})
     if wanted == ALL_LINEAR:
-        chosen = [module for module in weights if _leaf(module) not in _HEADS]
+        chosen = [module for module in weights if _HEADS.isdisjoint(module.split("."))]
     elif isinstance(wanted, str):
         chosen = _matching(list(weights), wanted, leaves)
     else:
