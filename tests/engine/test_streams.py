@@ -206,7 +206,7 @@ def test_one_alone_waits_for_the_others_and_keeps_new_ones_out() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def sharing(name: str) -> None:
-        with room.share(5, lambda: False) as held:
+        with room.acquire(5, lambda: False) as held:
             assert held
             order.append(name)
             inside.set()
@@ -217,7 +217,7 @@ def test_one_alone_waits_for_the_others_and_keeps_new_ones_out() -> None:
     inside.wait(5)
 
     def lonely() -> None:
-        with room.alone():
+        with room.exclusive():
             order.append("alone")
 
     second = threading.Thread(target=lonely)
