@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _REFETCH = "download or save the file again"
+_LFS = b"version "  # as every Git LFS pointer begins, and no safetensors file
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ def read_header(file: Path, *, headers_only: bool = False, whole: int | None = N
             start = stream.read(8)
             if len(start) < 8:
                 raise InputError(f"not a safetensors file: only {size} bytes long", file=file, remedy=_REFETCH)
+            if start == _LFS:
+                raise InputError("a Git LFS pointer, not the file it stands for", file=file, remedy="git lfs pull")
             data_start = header_end(start)
             length = data_start - 8
             if length > MAX_HEADER_BYTES or length > size - 8:

@@ -115,5 +115,12 @@ def _sentence_transformers_folders(folder: Path) -> list[Path]:
 def _config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     if dtype is None:
         return config
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    return config | {key: DTYPES[dtype].torch_name}
+    name = str(DTYPES[dtype].torch_name)
+    keys = [key for key in ("dtype", "torch_dtype") if config.get(key)] or ["dtype"]
+    parts = {key: _with_dtype(part, name) for key, part in config.items() if isinstance(part, dict)}
+    return config | parts | dict.fromkeys(keys, name)
+
+
+def _with_dtype(part: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the configuration of a part, of text or of vision, with the dtype where it names one."""
+    return part | {key: name for key in ("dtype", "torch_dtype") if part.get(key)}

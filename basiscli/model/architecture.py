@@ -39,7 +39,7 @@ _EMBEDDING = re.compile(
     r"|tok_embeddings|relative_attention_bias|position_embedding|token_embedding)"
 )
 _NORM = re.compile(r".*(norm|ln|layernorm|layer_norm|ln_\w+|ln\d|norm\d)", re.IGNORECASE)
-_BUFFER = re.compile(r".*(inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked|running_mean|running_var)")
+_BUFFER = re.compile(r".*(inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _WHOLE = {"model", "transformer", "gpt_neox", "backbone", "bert", "roberta", "distilbert", "electra", "lm_head", "cls"}
 _QUANTISED = re.compile(r".*\.(weight|qweight|qzeros|weight_packed|absmax|g_idx)")

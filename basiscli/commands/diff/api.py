@@ -53,8 +53,10 @@ class Differences:
     """Both shapes as text, by name."""
 
     @property
-    def relative(self) -> float:
-        """‖A − B‖ / ‖A‖ over all common tensors."""
+    def relative(self) -> float | None:
+        """‖A − B‖ / ‖A‖ over all common tensors; None where there is none, and nothing was compared."""
+        if not self.tensors:
+            return None
         return _ratio(math.hypot(*(t.distance for t in self.tensors)), math.hypot(*(t.norm_a for t in self.tensors)))
 
     @property

@@ -45,4 +45,7 @@ def _show(out: Output, found: Differences, top: int) -> None:
         out.line(f"only in B: {name}")
     for name, shapes in found.shapes_differ.items():
         out.line(f"shapes differ: {name}: {shapes}")
+    if found.relative is None:
+        out.line("nothing was compared: no tensor has the same name and shape in both")
+        return
     out.line(f"{len(changed)} tensors differ, {equal} are equal; ‖A−B‖/‖A‖ over all: {found.relative:.3e}")

@@ -100,8 +100,26 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
                 )
             notes.append(f"{name} is missing in {who}: taken from {reference.source.label}")
         (copied if is_copied else merged).append(name)
+    for model in models:
+        _refuse_nothing_in_common(reference, model, merged)
     notes += [note for model in models for note in _notes_on_extras(reference, model, allow_missing=allow_missing)]
     return TensorSort(merged, copied, notes)
+
+
+def _refuse_nothing_in_common(reference: Checkpoint, model: Model, merged: Sequence[str]) -> None:
+    """Raise for a model that has no parameter of the reference's names, with --allow-missing, too."""
+    if not merged or any(name in model.tensors for name in merged):
+        return
+    own, prefix = next(iter(model.tensors), ""), ""
+    for name in merged:
+        if own.endswith(f".{name}") or name.endswith(f".{own}"):
+            prefix = f": its names have {max(own, name, key=len)!r} where the other's have {min(own, name, key=len)!r}"
+    raise InputError(
+        f"{model.source.spec} has no tensor with a name of {reference.source.spec}{prefix}",
+        file=model.source.path,
+        tensor=own or None,
+        remedy="give models of one architecture, saved under the same names",
+    )
 
 
 def tied_head(checkpoint: Checkpoint) -> str | None:
