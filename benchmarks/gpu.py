@@ -39,6 +39,7 @@ from basiscli.engine.pricing import (
     fast_svd_flops,
     projection_flops,
 )
+from basiscli.runtime.caches import given_cache
 from basiscli.runtime.kv_projection import KVProjection, attach
 
 MODELS = ("base", "a", "b", "c")
@@ -345,9 +346,8 @@ class Bench:
             cache.update(keys, values, layer)
             del keys, values
         token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-        times = [
-            self.timed(lambda: model(input_ids=token, past_key_values=cache, use_cache=True)) for _ in range(STEPS)
-        ]
+        inputs = {"input_ids": token, "use_cache": True, **given_cache(model, cache)}
+        times = [self.timed(lambda: model(**inputs)) for _ in range(STEPS)]
         return statistics.median(times[2:])
 
 

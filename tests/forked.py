@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,12 +27,10 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).parents[1]
 LIMIT = 1 << 20
 """Bytes of a message; the words and environment of a command are a few thousand."""
-AT_WORK = {
-    "BASIS_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS", "PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE", "TORCHINDUCTOR_CACHE_DIR",
-}  # fmt: skip
-"""Variables that are read only when a command works, or that the libraries set; others may be read at an import."""
-SETTINGS = {name: value for name, value in os.environ.items() if name not in AT_WORK} | {"HF_HUB_OFFLINE": "1"}
-"""What every test begins with."""
+AT_WORK = re.compile(
+    "BASIS_CACHE|HF_HUB_DISABLE_PROGRESS_BARS|PYTEST_CURRENT_TEST|PYTHONBREAKPOINT|RAY_.*|TORCHINDUCTOR_CACHE_DIR"
+)
+"""Variables that are read only when a command works, or that libraries set; others may be read at an import."""
 
 
 # In the tests ---------------------------------------------------------------------------------------------------------
@@ -56,26 +56,40 @@ class Forked:
             os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; return what it printed."""
-        if self._status(timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        """Return what it printed when it has ended, or end it after so many seconds."""
+        if late := self._status(timeout) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._status(None)
         printed = []
         for file in self._outputs:
             file.seek(0)
             printed.append(file.read().decode())
             file.close()
+        if late:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0, *printed)
         return printed[0], printed[1]
 
     def _status(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._ended], [], [], timeout)[0]:
-            os.close(self._ended)
-            self.returncode = _asked({"ended": self.pid})
+        if self.returncode is None:
+            ended = select.poll()
+            ended.register(self._ended, select.POLLIN)
+            if ended.poll(None if timeout is None else 1000 * timeout):
+                os.close(self._ended)
+                self.returncode = _asked({"ended": self.pid})
         return self.returncode
 
 
 def can_fork(env: dict[str, str]) -> bool:
     """Whether nothing that was read when the modules were imported would be read otherwise now."""
-    return hasattr(os, "pidfd_open") and {k: v for k, v in env.items() if k not in AT_WORK} == SETTINGS
+    return hasattr(os, "pidfd_open") and _settings(env) == SETTINGS
+
+
+def _settings(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if not AT_WORK.fullmatch(name)}
+
+
+SETTINGS = _settings(os.environ) | {"HF_HUB_OFFLINE": "1"}
+"""What every test begins with."""
 
 
 @cache
@@ -119,7 +133,7 @@ def _import() -> None:
 
 def _serve(calls: socket.socket) -> dict[str, Any]:
     """Fork for every call; return in each of the forks, with what it shall do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end ends this
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # Ctrl-C is for the tests, whose end ends this
     while message := socket.recv_fds(calls, LIMIT, 2):
         text, files, *_ = message
         if not text:
@@ -140,6 +154,7 @@ def _serve(calls: socket.socket) -> dict[str, Any]:
 def _become(call: dict[str, Any]) -> None:
     """Turn this fork into `python ARGUMENTS`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     for number, file in enumerate(call["files"], start=1):
         os.dup2(file, number)
         os.close(file)

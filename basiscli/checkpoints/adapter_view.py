@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 from basiscli.checkpoints.adapter import CONV1D_MODELS, Adapter
 from basiscli.checkpoints.digests import stored_digest
@@ -16,24 +18,40 @@ if TYPE_CHECKING:
     from basiscli.linalg.lowrank import LowRank
 
 
+class LoadedPart(Protocol):
+    """What a stored tensor is in the loaded model; see `model.names.Part`."""
+
+    @property
+    def parameter(self) -> str: ...  # noqa: D102
+    @property
+    def is_whole(self) -> bool: ...  # noqa: D102
+    @property
+    def is_transposed(self) -> bool: ...  # noqa: D102
+
+
+Parts = Callable[[], "Mapping[str, LoadedPart] | None"]
+"""Tells what the base's tensors are in the loaded model, by stored name; None where nobody knows."""
+
+
 class AdapterView:
     """The model that an adapter makes of its base, with the `tensors` and `read` of a full `Checkpoint`."""
 
-    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
+    def __init__(self, adapter: Adapter, base: Checkpoint, parts: Parts = lambda: None) -> None:
         """Match the adapter's modules to the base's tensors.
+
+        Args:
+            adapter: as stored; its names are those of the loaded model, or of the base's files.
+            base: what it changes.
+            parts: asked, since it can take seconds, only where names or shapes leave something open.
 
         Raises:
             InputError: the adapter targets what the base lacks, or shapes differ: it belongs to another base.
         """
-        self.adapter, self.base = adapter, base
+        self.adapter, self.base, self._ask = adapter, base, parts
         self.source = adapter.source
         self.files = [*base.files, *adapter.weights.files]
         names = [f"{module}.weight" for module in adapter.modules] + list(adapter.replaced)
-        strip, add = _name_shift(names, base)
-
-        def rename(name: str) -> str:
-            return add + name.removeprefix(strip)
-
+        rename = self._renaming(names)
         self.modules = {rename(f"{module}.weight"): module for module in adapter.modules}
         """The adapter's names of the modules that have factors, by their weights' names in the base."""
         self._factors = {name: adapter.modules[module] for name, module in self.modules.items()}
@@ -111,9 +129,23 @@ class AdapterView:
             return False
         if factors is not None and shape[0] != shape[1]:
             return shape[0] == self.adapter.parts.tensors[factors.a].shape[1]
-        # A square matrix, or one this adapter leaves alone: only the module's type tells.
-        conv1d = self.base.config.get("model_type") in CONV1D_MODELS
-        return conv1d or bool(self.adapter.config.get("fan_in_fan_out"))
+        # A square matrix, or one this adapter leaves alone: only the module's class tells. `fan_in_fan_out` does not:
+        # PEFT takes it back where the module is no Conv1D.
+        if self._parts is not None and name in self._parts:
+            return self._parts[name].is_transposed
+        return self.base.config.get("model_type") in CONV1D_MODELS
+
+    @cached_property
+    def _parts(self) -> Mapping[str, LoadedPart] | None:
+        return self._ask()
+
+    def _renaming(self, names: list[str]) -> Callable[[str], str]:
+        """Return what makes the base's stored names of the adapter's."""
+        strip, add = _name_shift(names, self.base)
+        if all(add + name.removeprefix(strip) in self.base.tensors for name in names) or self._parts is None:
+            return lambda name: add + name.removeprefix(strip)
+        stored = {part.parameter: name for name, part in self._parts.items() if part.is_whole}
+        return lambda name: name if name in self.base.tensors else stored.get(name, name)
 
     def _drop_tied_head(self) -> None:
         """Forget an output head that PEFT saved beside the embedding it is tied to and that the base does not store."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+from pydantic import BeforeValidator
 
 from basiscli.cli.fields import Option, Options, options_of
 
@@ -39,7 +41,10 @@ def keywords(model: type[Options]) -> Callable[[Callable[Call, Made]], Callable[
 def _parameter(model: type[Options], name: str) -> inspect.Parameter:
     field = model.model_fields[name]
     default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation)
+    kind: Any = field.annotation
+    if any(isinstance(item, BeforeValidator) for item in field.metadata):  # it takes more than it makes of it
+        kind = Annotated[kind, *field.metadata]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 def _documented(text: str, model: type[Options], further: dict[str, Option]) -> str:

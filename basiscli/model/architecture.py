@@ -8,16 +8,15 @@ which of the two decided.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from basiscli.checkpoints.header import TensorSpec
+from basiscli.model.names import parts_of
 from basiscli.transforms import Kind
 
 if TYPE_CHECKING:
-    import torch
-
     from basiscli.checkpoints.views import Checkpoint
 
 
@@ -103,32 +102,12 @@ def kinds(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec]) -> Kinds:
     unsettled = [name for name, kind in named.items() if kind is None]
     found_by: Literal["names", "model"] = "names"
     if unsettled:
-        from_model = _kinds_from_model(checkpoint)
-        found_by = "model" if from_model else "names"
+        parts = parts_of(checkpoint)
+        found_by = "names" if parts is None else "model"
         for name in unsettled:
-            # Without a model a matrix counts as linear, as it nearly always is.
-            named[name] = _lookup(from_model, name) or Kind.LINEAR
+            # Without a model a matrix counts as linear, as it nearly always is; what is no part of the model is not.
+            named[name] = Kind.LINEAR if parts is None else parts[name].kind if name in parts else Kind.OTHER
     return Kinds({name: kind for name, kind in named.items() if kind is not None}, found_by)
-
-
-def loaded_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Return stored parameter names mapped to those in the loaded model, which PEFT uses.
-
-    GPT-2's published checkpoints say `h.0…`, and the model that is loaded from them `transformer.h.0…`. The model is
-    built to ask only where the names do not begin as those of a whole model do.
-    """
-    as_stored = {name: name for name in names}
-    architecture = str((checkpoint.config.get("architectures") or [""])[0])
-    headless = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
-    if headless or all(name.partition(".")[0] in _WHOLE for name in as_stored):
-        return as_stored
-    found = _kinds_from_model(checkpoint)
-    first = next((name for name in as_stored if name not in found), None)
-    longer = next((parameter for parameter in found if parameter.endswith(f".{first}")), None)
-    if first is None or longer is None:
-        return as_stored
-    prefix = longer.removesuffix(first)
-    return {name: name if name in found or prefix + name not in found else prefix + name for name in as_stored}
 
 
 def tied_pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
@@ -146,51 +125,3 @@ def tied_pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> t
             if head.endswith(".weight") and tensors[head].shape == tensors[embedding].shape:
                 return head, embedding
     return None
-
-
-def _kinds_from_model(checkpoint: Checkpoint) -> dict[str, Kind]:
-    """Build the config's model without memory and ask the modules; empty where transformers does not know it."""
-    classes = checkpoint.config.get("architectures") or []
-    if not classes or "auto_map" in checkpoint.config:
-        return {}
-    import torch
-    import transformers
-
-    model_class = getattr(transformers, str(classes[0]), None)
-    if model_class is None:
-        return {}
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.source.folder)
-        with torch.device("meta"):
-            model = model_class(config)
-    except Exception:  # a config this transformers cannot build: names decide, and the report says so
-        return {}
-    found: dict[str, Kind] = {}
-    for path, module in model.named_modules():
-        for leaf, _ in module.named_parameters(recurse=False):
-            found[f"{path}.{leaf}" if path else leaf] = _kind_of_parameter(module, leaf)
-    return found
-
-
-def _kind_of_parameter(module: torch.nn.Module, leaf: str) -> Kind:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    if leaf == "bias":
-        return Kind.BIAS
-    if isinstance(module, torch.nn.Linear | Conv1D):
-        return Kind.LINEAR
-    if isinstance(module, torch.nn.Embedding):
-        return Kind.EMBEDDING
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return Kind.CONV
-    return Kind.NORM if "norm" in type(module).__name__.lower() else Kind.OTHER
-
-
-def _lookup(found: Mapping[str, Kind], name: str) -> Kind | None:
-    """Find a stored name among a model's parameters, whose names may have one more or one fewer leading component."""
-    shorter = name.partition(".")[2]
-    if name in found or shorter in found:
-        return found.get(name) or found[shorter]
-    longer = [kind for parameter, kind in found.items() if parameter.endswith(f".{name}")]
-    return longer[0] if longer else None

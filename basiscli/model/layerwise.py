@@ -69,6 +69,13 @@ class LayerwiseModel:
     def __post_init__(self) -> None:
         return_large_blocks()
         self.model = empty_model(self.checkpoint, self.dtype)
+        main = getattr(self.model, "main_input_name", "input_ids")
+        if main != "input_ids":
+            raise InputError(
+                f"the model reads {main}, and calibration is tokens",
+                file=self.checkpoint.source.folder / "config.json",
+                remedy="a method that needs no calibration, such as --method pissa",
+            )
         for module in self.model.modules():
             module.register_forward_pre_hook(self._end_after_layers)
         self._weights = LazyWeights(self.model, self.checkpoint, self.device, self.dtype)
@@ -100,6 +107,7 @@ class LayerwiseModel:
         with self._lock:
             if self._held != layer:
                 self.release()
+                self._weights.load(self.layers[layer], f"{self.path}.{layer}")
                 self._held = layer
         with self._collecting(self.batches[batch]) as collector, self._running():
             out = self.layers[layer](hidden, *args, **kwargs)

@@ -13,7 +13,7 @@ from basiscli.checkpoints.transfer import read_to
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.engine.devices import trim_memory
 from basiscli.errors import InputError
-from basiscli.model.architecture import loaded_names
+from basiscli.model.names import loaded_names
 
 _META = torch.device("meta")
 _GAMMA, _BETA = re.compile(r"(?<=LayerNorm\.)gamma$"), re.compile(r"(?<=LayerNorm\.)beta$")
@@ -76,7 +76,7 @@ class LazyWeights:
                 stored = self._stored.get(f"{name}.{leaf}")
                 value = buffer if stored is None else checkpoint.read(stored).to(buffer.dtype)
                 setattr(module, leaf, value.to(device))
-            module.register_forward_pre_hook(lambda module, args, name=name: self._load(module, name))
+            module.register_forward_pre_hook(lambda module, args, name=name: self._load_called(module, name))
 
     def release(self) -> None:
         """Put all parameters back on the meta device and free their memory."""
@@ -86,6 +86,25 @@ class LazyWeights:
                     if parameter.device != _META:
                         setattr(module, leaf, nn.Parameter(parameter.to(_META), requires_grad=False))
         trim_memory()
+
+    def load(self, module: nn.Module, name: str) -> None:
+        """Load all weights in a module, also those that are read without their own module being called.
+
+        torch's convolution takes a weight on the meta device without an error, and returns uninitialised memory.
+
+        Args:
+            module: of the model.
+            name: as `named_modules()` has it.
+        """
+        for inner, part in module.named_modules():
+            self._load(part, f"{name}.{inner}" if inner else name)
+
+    def _load_called(self, module: nn.Module, name: str) -> None:
+        self._load(module, name)
+        if name:  # a whole model's head is not needed where its forward begins
+            for leaf, child in module.named_children():
+                if not any(True for _ in child.children()):
+                    self._load(child, f"{name}.{leaf}")
 
     def _load(self, module: nn.Module, name: str) -> None:
         """Give a module its own weights, on the device and in the working dtype, if it does not have them."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 
 from basiscli.errors import InputError
 
 MODULE, CLASS = "modeling_basis_kv", "BasisKVForCausalLM"
 AUTO_MAP = {"AutoModelForCausalLM": f"{MODULE}.{CLASS}"}
+_HEADS = re.compile(r"^from basiscli\.runtime\.kv_heads import .*$", re.MULTILINE)
 _MODELING = '''"""{architecture} with a KV cache of projection coefficients; made by `basis compress`.
 
 Loaded by AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). Every cache class of transformers holds
@@ -50,7 +52,7 @@ class {name}({architecture}):
 def exported_files(config: bytes) -> dict[str, bytes]:
     """Return the Python files to add, and the config that names them.
 
-    The run-time module is copied as it is: it imports nothing but torch and transformers.
+    The run-time module is copied, in one file: it imports nothing but torch and transformers.
 
     Raises:
         InputError: the config names no architecture.
@@ -60,12 +62,18 @@ def exported_files(config: bytes) -> dict[str, bytes]:
     if not (isinstance(architectures, list) and architectures and str(architectures[0]).isidentifier()):
         raise InputError("the config names no architecture", remedy="leave out --export")
     table["auto_map"] = AUTO_MAP
-    runtime = (files("basiscli.runtime") / "kv_projection.py").read_bytes()
     return {
         "config.json": (json.dumps(table, indent=2, sort_keys=True) + "\n").encode(),
         f"{MODULE}.py": _MODELING.format(architecture=architectures[0], name=CLASS).encode(),
-        "basis_kv_projection.py": runtime,
+        "basis_kv_projection.py": _runtime().encode(),
     }
+
+
+def _runtime() -> str:
+    """Return `kv_projection.py` with what it takes from `kv_heads.py` in the place of that import."""
+    whole, heads = ((files("basiscli.runtime") / f"{name}.py").read_text() for name in ("kv_projection", "kv_heads"))
+    taken = heads[heads.index("from collections.abc") :]  # without its docstring and what must be a file's first import
+    return _HEADS.sub(lambda match: taken.rstrip(), whole, count=1)
 
 
 def without_export(config: bytes) -> bytes:

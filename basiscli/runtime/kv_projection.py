@@ -14,20 +14,18 @@ projects the queries and maps the result back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers.cache_utils import DynamicLayer
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer
+
+from basiscli.runtime.kv_heads import buckets_of, grouped_attention, heads_of, plain_attention
 
 ATTENTION = "basis"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-_CACHES = ("past_key_values", "layer_past")  # what attention modules call the cache; GPT-NeoX has its own name
-_SMALL_QUERY = 8  # up to so many query tokens, two plain products beat the attention kernels
 
 
 class Coefficients:
@@ -41,19 +39,6 @@ class Coefficients:
 
     def __init__(self, packed: Tensor, exact: Tensor | None = None) -> None:
         self.packed, self.exact = packed, exact
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """KV heads of one layer that keep the same number of dimensions."""
-
-    heads: slice | list[int]
-    count: int
-    key_rank: int
-    value_rank: int
-    keys: slice
-    """Where their coefficients lie in the packed keys."""
-    values: slice
 
 
 class KVProjection(nn.Module):
@@ -80,10 +65,10 @@ class KVProjection(nn.Module):
         self.key_ranks, self.value_ranks = tuple(key_ranks), tuple(value_ranks)
         self.folded = values is None
         self.exact_prefill = False
-        self.buckets = _buckets(self.key_ranks, self.value_ranks)
+        self.buckets = buckets_of(self.key_ranks, self.value_ranks)
         top_k, top_v = max(self.key_ranks), max(self.value_ranks)
         values = torch.eye(self.dim, device=keys.device).expand_as(keys) if values is None else values
-        order = [head for bucket in self.buckets for head in _heads(bucket, self.heads)]
+        order = [head for bucket in self.buckets for head in heads_of(bucket, self.heads)]
         # Where each head is among the buckets' heads: attention puts them back into their order.
         places = torch.tensor(order).argsort()
         self.register_buffer("head_places", places.to(keys.device), persistent=False)
@@ -133,7 +118,7 @@ class KVProjection(nn.Module):
             k = keys[:, 0, :, bucket.keys].view(*shape, bucket.key_rank).transpose(1, 2)
             v = values[:, 0, :, bucket.values].view(*shape, bucket.value_rank).transpose(1, 2)
             q = folded[:, bucket.heads, :, : bucket.key_rank]
-            part = _attention(q.unflatten(2, (group, tokens)), k, v, mask, scale, dropout).flatten(2, 3)
+            part = grouped_attention(q.unflatten(2, (group, tokens)), k, v, mask, scale, dropout).flatten(2, 3)
             parts.append(pad(part, (0, top - bucket.value_rank)))
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1).index_select(1, self.head_places)
         out = pad(out, (0, self.dim - top)) if self.folded else out @ self.value_basis.to(out.dtype).mT
@@ -297,14 +282,6 @@ def projected_attention(
     return projection(module, query, key, value, attention_mask, scale, dropout), None
 
 
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """Attention [B, T, Hq, d] of queries [B, Hq, T, d] over whole keys and values [B, H, S, d]."""
-    out = _attention(query.unflatten(1, (key.shape[1], -1)), key, value, mask, scale, dropout)
-    return out.flatten(1, 2).transpose(1, 2)
-
-
 def _allocated(layer: Any) -> tuple[int, int, int] | None:
     """Return heads and widths of keys and values that a static layer has room for; None for one that has none yet."""
     if not hasattr(layer, "k_head_dim") or not layer.is_initialized:
@@ -314,72 +291,8 @@ def _allocated(layer: Any) -> tuple[int, int, int] | None:
 
 def _use_proxy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     projection = module.kv_projection
-    caches = [name for name in _CACHES if kwargs.get(name) is not None]
+    # Found by what it is: its name is `past_key_values`, from transformers 5.24 on `cache`, in GPT-NeoX `layer_past`.
+    caches = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if not caches or not isinstance(projection, KVProjection):
         return None
     return args, {**kwargs, **{name: ProjectingCache(kwargs[name], projection) for name in caches}}
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """Return [B, H, G, T, r_V] of grouped queries [B, H, G, T, r] over keys [B, H, S, r] and values [B, H, S, r_V]."""
-    _, heads, group, tokens, rank = q.shape
-    length = k.shape[2]
-    if tokens == 1 or (tokens <= _SMALL_QUERY and mask is not None and not dropout):
-        scores = (q.flatten(2, 3) * scale) @ k.mT
-        if mask is not None:
-            scores = scores.unflatten(2, (group, tokens))
-            mask = mask[:, :, None]  # one mask for all heads of all groups
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-            scores = scores.flatten(2, 3)
-        # A row that sees nothing (padding) is all −∞: its softmax is NaN and would spread.
-        weights = scores.softmax(-1, dtype=torch.float32)
-        weights = (weights if mask is None else weights.nan_to_num()).to(v.dtype)
-        seen: Tensor = (weights @ v).unflatten(2, (group, tokens))
-        return seen
-    # The fast kernels want keys and values equally wide: zeros change neither the products nor what is read back.
-    wide = max(rank, v.shape[-1])
-    causal = mask is None and tokens > 1
-    if causal and length > tokens:  # an empty static cache: its unused places follow the text
-        k, v = k[:, :, :tokens], v[:, :, :tokens]
-    out = scaled_dot_product_attention(
-        pad(q, (0, wide - rank)).flatten(1, 2),
-        _repeated(pad(k, (0, wide - rank)), group),
-        _repeated(pad(v, (0, wide - v.shape[-1])), group),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-    )
-    attended: Tensor = out[..., : v.shape[-1]].unflatten(1, (heads, group))
-    return attended
-
-
-def _repeated(x: Tensor, group: int) -> Tensor:
-    return x if group == 1 else x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
-
-
-def _buckets(key_ranks: tuple[int, ...], value_ranks: tuple[int, ...]) -> tuple[Bucket, ...]:
-    heads_of: dict[tuple[int, int], list[int]] = {}
-    for head, pair in enumerate(zip(key_ranks, value_ranks, strict=True)):
-        heads_of.setdefault(pair, []).append(head)
-    pairs = sorted(heads_of, reverse=True)
-    key_ends = accumulate(len(heads_of[pair]) * pair[0] for pair in pairs)
-    value_ends = accumulate(len(heads_of[pair]) * pair[1] for pair in pairs)
-    found = []
-    for pair, key_end, value_end in zip(pairs, key_ends, value_ends, strict=True):
-        heads = heads_of[pair]
-        together = heads == list(range(heads[0], heads[-1] + 1))
-        found.append(
-            Bucket(
-                slice(heads[0], heads[-1] + 1) if together else heads,
-                len(heads),
-                *pair,
-                slice(key_end - len(heads) * pair[0], key_end),
-                slice(value_end - len(heads) * pair[1], value_end),
-            )
-        )
-    return tuple(found)
-
-
-def _heads(bucket: Bucket, total: int) -> Iterator[int]:
-    return iter(range(total)[bucket.heads] if isinstance(bucket.heads, slice) else bucket.heads)

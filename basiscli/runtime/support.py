@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from basiscli.errors import InputError
+from basiscli.runtime.caches import cache_of, given_cache
 from basiscli.runtime.kv_projection import KVProjection, attach, attention_modules
 
 _PROMPT = 12
@@ -61,14 +62,14 @@ def check_attention(model: Any, shape: Any, file: Path) -> float:
 def _logits(model: Any, ids: Tensor) -> Tensor:
     """Return logits of a prompt in two parts, so that the second attends to the cache."""
     first = model(input_ids=ids[:, :-4], use_cache=True)
-    second = model(input_ids=ids[:, -4:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(input_ids=ids[:, -4:], use_cache=True, **given_cache(model, cache_of(first)))
     return torch.cat([first.logits, second.logits], 1).float()
 
 
 @torch.no_grad()
 def _takes_coefficients(model: Any, ids: Tensor, modules: Sequence[Any], width: int) -> bool:
     """Whether every layer's cache holds so many numbers a token, of keys and of values."""
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    layers = cache_of(model(input_ids=ids, use_cache=True)).layers
     held = [layers[module.layer_idx] for module in modules]
     return all(x.shape[1] == 1 and x.shape[-1] == width for layer in held for x in (layer.keys, layer.values))
 

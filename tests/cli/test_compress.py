@@ -25,6 +25,7 @@ from basiscli.commands.kv.run import KVRun
 from basiscli.commands.kv.search import GreedySearch
 from basiscli.commands.kv.training import Training
 from basiscli.linalg.orthogonal import orthogonality_error
+from basiscli.runtime.caches import cache_of, given_cache
 from tests.cli.test_commands import NO_TORCH
 from tests.conftest import basis_process, read_checkpoint, snapshot, stop_after
 from tests.kv_models import ARCHITECTURES, llama, logits_of, make_model, make_text, save_model, some_ids
@@ -169,11 +170,11 @@ def test_every_architecture_is_compressed_and_loaded(name: str, tmp_path: Path, 
     assert tokenizer.decode(tokenizer("größer")["input_ids"]) == "größer"
     with torch.no_grad():
         first = small(IDS[:, :14], use_cache=True)
-        rest = small(IDS[:, 14:], past_key_values=first.past_key_values, use_cache=True)
+        rest = small(IDS[:, 14:], use_cache=True, **given_cache(small, cache_of(first)))
     together = torch.cat([first.logits, rest.logits], 1)
     assert difference(together, logits_of(small, IDS)) < 1e-5
     for layer, keys, values in zip(
-        rest.past_key_values.layers, found.config.key_ranks, found.config.value_ranks, strict=True
+        cache_of(rest).layers, found.config.key_ranks, found.config.value_ranks, strict=True
     ):
         assert (layer.keys.shape[-1], layer.values.shape[-1]) == (sum(keys), sum(values))
     generated = small.generate(IDS[:1, :8], max_new_tokens=10, do_sample=False)

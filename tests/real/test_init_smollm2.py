@@ -22,9 +22,9 @@ IDS = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_seed(0
 
 
 @pytest.fixture(scope="module")
-def parts(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> basiscli.InitResult:
+def parts(smollm2: Path, place: Path) -> basiscli.InitResult:
     """Return SmolLM2 taken apart into an adapter of rank 8 and what it leaves."""
-    out = tmp_path_factory.mktemp("init") / "pissa"
+    out = place / "pissa"
     return basiscli.init(smollm2, rank=8, target_modules=TARGETS, output=out)
 
 

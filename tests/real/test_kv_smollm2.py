@@ -10,6 +10,7 @@ import torch
 import basiscli
 from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.linalg.orthogonal import orthogonality_error
+from basiscli.runtime.caches import cache_of, given_cache
 
 pytestmark = pytest.mark.real
 HELD_OUT = Path(__file__).parents[2] / "examples" / "three-domains" / "held-out"
@@ -24,9 +25,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def untrained(smollm2: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(smollm2: Path, text: Path, place: Path) -> Path:
     """Return SmolLM2 with the quick path's bases, half of its cache removed."""
-    out = tmp_path_factory.mktemp("kv") / "quick"
+    out = place / "quick"
     return basiscli.compress(
         smollm2, kv_ratio=0.5, train_steps=0, search="spectrum", calibration=text, length=128, output=out
     ).path
@@ -40,7 +41,7 @@ def test_at_ratio_zero_it_is_the_dense_model(smollm2: Path, untrained: Path, tmp
     ids = tokenizer((HELD_OUT / "kjv.txt").read_text()[:800], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected, got = dense(ids).logits, model(ids).logits
-        cached = model(ids[:, 100:101], past_key_values=model(ids[:, :100]).past_key_values).logits
+        cached = model(ids[:, 100:101], **given_cache(model, cache_of(model(ids[:, :100])))).logits
     largest = expected.abs().max()
     assert (expected - got).abs().max() / largest < 1e-5
     assert (expected[:, 100] - cached[:, 0]).abs().max() / largest < 1e-5
@@ -51,7 +52,7 @@ def test_the_cache_takes_what_the_ranks_say_and_generation_uses_it(untrained: Pa
     ids = tokenizer("In the beginning God created the", return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     config = read_kv_bases(untrained).config
-    cache = out.past_key_values
+    cache = cache_of(out)
     for layer, keys, values in zip(cache.layers, config.key_ranks, config.value_ranks, strict=True):
         assert layer.keys.shape == (1, 1, ids.shape[1] + 11, sum(keys))
         assert layer.values.shape[-1] == sum(values)

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def merged(minilm: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> basiscli.MergeResult:
-    out = tmp_path_factory.mktemp("minilm") / "merged"
+def merged(minilm: dict[str, Path], place: Path) -> basiscli.MergeResult:
+    out = place / "merged"
     return basiscli.merge([minilm["sre"], minilm["jobs"]], method="ortho", base=minilm["base"], output=out)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from basiscli.checkpoints.kv_file import KVBases, KVConfig
+from basiscli.runtime.caches import cache_of, given_cache
 from basiscli.runtime.export import exported_files
 from basiscli.runtime.kv_projection import KVProjection, attach, attention_modules
 
@@ -168,8 +169,8 @@ def in_chunks(model: Any, ids: Tensor, sizes: Sequence[int], cache: Any = None, 
         more = {} if mask is None else {"attention_mask": mask[:, :end]}
         if "position_ids" in inputs:
             more["position_ids"] = inputs["position_ids"][:, start:end]
-        out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **more)
-        cache = out.past_key_values
+        out = model(input_ids=ids[:, start:end], use_cache=True, **given_cache(model, cache), **more)
+        cache = cache_of(out)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 

@@ -39,6 +39,7 @@ NEW = 12
 _ALONE = """
 import json, sys
 from importlib.abc import MetaPathFinder
+from inspect import signature
 from pathlib import Path
 
 class Blocked(MetaPathFinder):
@@ -66,10 +67,11 @@ for folder in sorted(Path().glob("*/")):
     options = {"trust_remote_code": True, "dtype": "bfloat16", "output_loading_info": True}
     half, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     cache = DynamicCache(config=model.config)
+    given = {name: cache for name in ("cache", "past_key_values") if name in signature(model.forward).parameters}
     with torch.no_grad():
         found[f"{folder}.logits"] = model(input_ids=inputs, use_cache=False).logits
         parts = inputs.split([14, 1, 1, 13], 1)
-        found[f"{folder}.cached"] = torch.cat([model(input_ids=x, past_key_values=cache).logits for x in parts], 1)
+        found[f"{folder}.cached"] = torch.cat([model(input_ids=x, **given).logits for x in parts], 1)
         found[f"{folder}.dense"] = dense(input_ids=inputs, use_cache=False).logits
         found[f"{folder}.bfloat16"] = half(input_ids=inputs, use_cache=False).logits
     mask = torch.ones_like(inputs[:, :12])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+from basiscli.runtime.caches import given_cache
 from basiscli.runtime.kv_projection import attention_modules
 from tests.runtime.conftest import (
     CLOSE,
@@ -130,11 +131,11 @@ def test_a_conversation_goes_on_with_the_users_cache(name: str, kind: str) -> No
     model, ids, more = compressed(dense, make_cut(dense)), texts(1, PROMPT), texts(1, 10, seed=12)
     config = dense.config
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=60)
-    first = generated(model, ids, past_key_values=cache)
+    first = generated(model, ids, **given_cache(model, cache))
     # All but the last token, which nothing attended to, is in the cache.
     assert int(cache.get_seq_length()) == PROMPT + NEW - 1
     text = torch.cat([ids, first, more], 1)
-    assert torch.equal(generated(model, text, past_key_values=cache), generated(model, text, use_cache=False))
+    assert torch.equal(generated(model, text, **given_cache(model, cache)), generated(model, text, use_cache=False))
     assert {layer.keys.shape[1] for layer in cache.layers} == {1}
 
 
@@ -277,7 +278,7 @@ def test_a_compiled_step_is_one_graph_and_right(name: str, backend: str) -> None
         logits = [in_chunks(model, ids[:, :5], [5], cache)]
         with counted_graphs() as count:
             step = torch.compile(model.forward, backend=backend, fullgraph=True)
-            logits += [step(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(5, FAR)]
+            logits += [step(input_ids=ids[:, t : t + 1], **given_cache(model, cache)).logits for t in range(5, FAR)]
             made.append(count())
     assert difference(torch.cat(logits, 1), reference_logits(dense, cut, ids)) <= CLOSE
     # As many as the dense model: sliding layers make more until their window is full; a token makes none.

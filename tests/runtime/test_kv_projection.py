@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from basiscli.commands.kv.attention import Projector, set_bases
 from basiscli.errors import InputError
 from basiscli.runtime import kv_projection
+from basiscli.runtime.caches import cache_of, given_cache
 from basiscli.runtime.kv_projection import (
     Coefficients,
     GrowingLayer,
@@ -145,8 +146,8 @@ def test_a_float_mask_is_the_boolean_one() -> None:
     expected = model(input_ids=ids, use_cache=False).logits
     for mask in (seen, added):
         assert difference(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected) <= CLOSE
-        cache = model(input_ids=ids[:, :7], attention_mask=mask[..., :7, :7], use_cache=True).past_key_values
-        found = model(input_ids=ids[:, 7:], attention_mask=mask[..., 7:, :], past_key_values=cache).logits
+        cache = cache_of(model(input_ids=ids[:, :7], attention_mask=mask[..., :7, :7], use_cache=True))
+        found = model(input_ids=ids[:, 7:], attention_mask=mask[..., 7:, :], **given_cache(model, cache)).logits
         assert difference(found, expected[:, 7:]) <= CLOSE
 
 
@@ -217,7 +218,7 @@ def test_a_cache_that_the_dense_model_filled_is_refused_until_it_is_reset(name: 
     model, cache = compressed(dense, cut), make(dense.config)
     in_chunks(dense, ids, [FAR], cache)
     with pytest.raises(RuntimeError):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **given_cache(model, cache))
     cache.reset()
     assert difference(in_chunks(model, ids, [20, 9], cache), reference_logits(dense, cut, ids)) <= CLOSE
 
@@ -416,11 +417,12 @@ def test_the_architectures_are_supported(dense: Any) -> None:
     assert check_attention(dense, _shape(dense), Path("config.json")) <= CLOSE
 
 
-_NO_TOKENS = {"vocab_size": 200, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-_HIDDEN = {**_NO_TOKENS, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_HIDDEN = {
+    "vocab_size": 200, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "hidden_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
-    # The first two call the cache `layer_past` and attend to it themselves: without the hook they would pass as dense.
-    "GPTJ": ({**_NO_TOKENS, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "Coefficients"),
+    # It calls the cache `layer_past` and attends to it itself: without the hook it would pass as dense.
     "Falcon": (_HIDDEN, "Coefficients"),
     "Gemma2": ({**_HIDDEN, "num_key_value_heads": 4, "head_dim": 12, "intermediate_size": 64}, "softcap"),
 }
@@ -445,7 +447,7 @@ def test_another_number_of_layers_is_refused() -> None:
 
 def test_a_cache_that_would_stay_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = make_dense("gpt_neox")
-    monkeypatch.setattr(kv_projection, "_CACHES", ("past_key_values",))  # so that the hook does not see its cache
+    monkeypatch.setattr(kv_projection, "Cache", str)  # so that the hook does not see the cache
     with pytest.raises(InputError, match="does not take coefficients"):
         check_attention(dense, _shape(dense), Path("config.json"))
 

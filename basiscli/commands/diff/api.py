@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from basiscli.checkpoints.adapter import Adapter
-from basiscli.checkpoints.adapter_view import AdapterView, Model
+from basiscli.checkpoints.adapter_view import Model
 from basiscli.checkpoints.views import Checkpoint, row_blocks
 from basiscli.errors import UsageError
 from basiscli.hub.resolve import resolve, resolve_base
+from basiscli.model.adapted import adapted
 from basiscli.names import natural_key
 from basiscli.progress import Progress, Silent
 
@@ -114,7 +115,7 @@ def _open(spec: str, base: str | None) -> Model:
     if base is None and source.base_model is None:
         raise UsageError(f"{spec} is an adapter that names no base", remedy="give it with --base")
     base_source = resolve(base) if base is not None else resolve_base(source.base_model or "", source)
-    return AdapterView(Adapter(source), Checkpoint.open(base_source))
+    return adapted(Adapter(source), Checkpoint.open(base_source))
 
 
 def _compare(a: Model, b: Model, name: str) -> TensorDifference:

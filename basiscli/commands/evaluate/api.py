@@ -14,6 +14,7 @@ from basiscli.commands.evaluate.options import EvalOptions
 from basiscli.commands.evaluate.tasks import TaskScore, find_tasks, number_prefix
 from basiscli.errors import InputError, UsageError
 from basiscli.progress import Progress, Silent
+from basiscli.runtime.caches import cache_of, given_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,13 +231,13 @@ def _in_halves(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     half = ids.shape[1] // 2
     first = model(input_ids=ids[:, :half], attention_mask=None if mask is None else mask[:, :half], use_cache=True)
-    rest = model(input_ids=ids[:, half:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+    rest = model(input_ids=ids[:, half:], attention_mask=mask, use_cache=True, **given_cache(model, cache_of(first)))
     return torch.cat([first.logits, rest.logits], 1)
 
 
 def _cache_bytes(model: Any, ids: Tensor) -> float:
     """Return the bytes a token takes in the cache, from the tensors that are there after a prompt."""
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
     stored = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
     total: int = sum(x.numel() * x.element_size() for x in stored)
     return total / int(cache.get_seq_length())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from basiscli.progress import Progress
+from basiscli.runtime.caches import cache_of, given_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,17 +41,18 @@ class _Decoding:
     def __init__(self, model: Any, prompt: Tensor) -> None:
         self.model, self.cache, last = model, None, None
         for chunk in prompt.split(_CHUNK, 1):
-            last = model(input_ids=chunk, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = last.past_key_values
+            last = model(input_ids=chunk, use_cache=True, logits_to_keep=1, **given_cache(model, self.cache))
+            self.cache = cache_of(last)
         assert last is not None
         self.token = last.logits[:, -1:].argmax(-1)
 
     def step(self) -> float:
         """Decode one token; return the seconds it took."""
+        inputs = {"input_ids": self.token, "use_cache": True, **given_cache(self.model, self.cache)}
         wait = _waiting(self.token)
         wait()
         started = time.perf_counter()
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        out = self.model(**inputs)
         self.token = out.logits[:, -1:].argmax(-1)
         wait()
         return time.perf_counter() - started

@@ -18,6 +18,7 @@ from basiscli.commands.init.result import InitResult
 from basiscli.engine.cluster import cluster_of, device_of, open_engine
 from basiscli.engine.settings import Cluster, run_settings
 from basiscli.hub.resolve import resolve
+from basiscli.model.names import names_say_everything
 from basiscli.progress import Progress, Silent
 from basiscli.registry import Registry
 from basiscli.reports.schema import Report
@@ -174,7 +175,7 @@ def _planned(
     calibration: Calibration | None = None,
     quantize: str | None = None,
 ) -> InitPlan:
-    return make_plan(
+    made = make_plan(
         source,
         method,
         parameters,
@@ -190,3 +191,8 @@ def _planned(
         out=options.output,
         settings=run_settings(dict(options), cluster),
     )
+    if names_say_everything(made.model):
+        return made
+    from basiscli.commands.init.placed import placed
+
+    return placed(made)

@@ -25,13 +25,18 @@ def peft_config(run: InitRun) -> bytes:
             config = _common(plan, list(plan.targets.values())) | _tinylora(plan.rank)
         case _:
             ranks = {plan.targets[name]: rank for name, rank in run.ranks.items() if rank}
-            config = _common(plan, list(ranks)) | _lora(plan, config_rank(run), ranks)
+            config = lora_config(plan, config_rank(run), ranks)
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def config_rank(run: InitRun) -> int:
     """Return what the configuration gives as `r`; modules of other ranks are in its `rank_pattern`."""
     return run.plan.rank if run.plan.energy is None else max(run.ranks.values())
+
+
+def lora_config(plan: InitPlan, rank: int, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the configuration of a LoRA: `r`, and the ranks of its modules by name."""
+    return _common(plan, list(ranks)) | _lora(plan, rank, ranks)
 
 
 def _common(plan: InitPlan, modules: list[str]) -> dict[str, Any]:
@@ -42,7 +47,8 @@ def _common(plan: InitPlan, modules: list[str]) -> dict[str, Any]:
         # Full names: a suffix could match a module that has no factors.
         "target_modules": modules,
         "bias": "none",
-        "fan_in_fan_out": plan.transposed,
+        # PEFT asks each module and corrects this where they differ; where all are alike it is right.
+        "fan_in_fan_out": bool(plan.transposed),
         "inference_mode": True,
         "modules_to_save": None,
     }
@@ -77,7 +83,7 @@ def _nola(plan: InitPlan, bases: int) -> dict[str, Any]:
     return nola_config(
         {module.name: [module.in_features, module.out_features] for module in plan.modules.values()},
         base=_base_name(plan), task_type=_task_type(plan), rank=plan.rank, bases=bases, alpha=plan.alpha_of(plan.rank),
-        rslora=plan.rslora, seed=plan.settings.seed, transposed=plan.transposed,
+        rslora=plan.rslora, seed=plan.settings.seed, transposed=bool(plan.transposed),
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
 from basiscli.errors import InputError
+from basiscli.model.names import names_say_everything, parts_of
 from basiscli.names import natural_key
 from basiscli.transforms import Method
 
@@ -131,10 +132,13 @@ class InitPlan:
         """Tensors of the residual that are as they were in the model."""
         return [name for name in self.model.tensors if name not in self.targets] if self.has_residual else []
 
-    @property
-    def transposed(self) -> bool:
-        """Whether linear weights are stored as [in, out], as GPT-2's Conv1D does."""
-        return self.model.config.get("model_type") in CONV1D_MODELS
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The targets whose weights are stored as [in, out], as GPT-2's Conv1D does."""
+        parts = None if names_say_everything(self.model) else parts_of(self.model)
+        if parts is not None:
+            return frozenset(name for name in self.targets if name in parts and parts[name].is_transposed)
+        return frozenset(self.targets if self.model.config.get("model_type") in CONV1D_MODELS else ())
 
     @property
     def peak_bytes(self) -> int:
@@ -173,7 +177,7 @@ class InitPlan:
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Return (out_features, in_features) of a weight."""
         rows, columns = self.model.tensors[name].shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return (columns, rows) if name in self.transposed else (rows, columns)
 
     @cached_property
     def modules(self) -> dict[str, Module]:

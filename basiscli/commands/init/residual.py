@@ -27,7 +27,7 @@ class Residual:
     """
 
     output: Shards
-    transposed: bool
+    transposed: frozenset[str]
     """Whether weights are stored as [in, out]."""
 
     def factors(self, weight: Tensor, decompose: Decompose) -> tuple[Tensor, ...]:
@@ -46,10 +46,10 @@ class Residual:
         Returns:
             The SHA-256 of what was written by tensor name, and errors by the names that a report has for them.
         """
-        stored = as_stored(self.output, name, rest.mT.contiguous() if self.transposed else rest)
+        stored = as_stored(self.output, name, rest.mT.contiguous() if name in self.transposed else rest)
         digests = write_stored(self.output, {name: stored})
         # Linear layers compute with [out, in], and quantise it row by row; a 4-bit load turns GPT-2's Conv1D first.
-        return digests, self.errors(weight, update, stored.mT.contiguous() if self.transposed else stored)
+        return digests, self.errors(weight, update, stored.mT.contiguous() if name in self.transposed else stored)
 
     def errors(self, weight: Tensor, update: Tensor, base: Tensor) -> dict[str, float]:
         """Return ‖base + s·B·A − W‖ / ‖W‖ for a stored base [out, in]."""

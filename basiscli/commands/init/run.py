@@ -92,7 +92,7 @@ class InitRun(ABC):
                     remedy="a matrix with NaN has no singular values: give a sound checkpoint",
                 )
         weight = weights[0] if len(weights) == 1 else weights[0] - weights[1]
-        return (weight.mT.contiguous() if self.plan.transposed else weight), read
+        return (weight.mT.contiguous() if name in self.plan.transposed else weight), read
 
     def svd(self, name: str) -> SVD:
         """Return how a weight, or the moments of its inputs, are decomposed: with a seed of its own."""

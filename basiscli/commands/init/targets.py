@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError, UsageError, did_you_mean
-from basiscli.model.architecture import kinds, loaded_names
+from basiscli.model.architecture import kinds
+from basiscli.model.names import names_say_everything, parts_of
 from basiscli.names import natural_key
 from basiscli.transforms import Kind
 
 ALL_LINEAR = "all-linear"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}  # PEFT's all-linear leaves output layers alone, too
 
 
@@ -27,17 +29,14 @@ def find_targets(model: Checkpoint, wanted: str | Sequence[str]) -> dict[str, st
         InputError: the checkpoint holds no linear layer.
         UsageError: nothing is selected, a name in the list selects nothing, or the expression is none.
     """
-    kind_of = kinds(model, model.tensors).by_name
-    linear = [n for n, t in model.tensors.items() if kind_of[n] is Kind.LINEAR and n.endswith(".weight") and t.count]
-    loaded = loaded_names(model, sorted(linear, key=natural_key))
-    weights = {module.removesuffix(".weight"): name for name, module in loaded.items()}
+    weights = {module: name for name, module in _linear_modules(model).items()}
     if not weights:
         raise InputError(
             "the checkpoint holds no linear layer", file=model.source.path, remedy="give the folder of a whole model"
         )
     leaves = sorted({_leaf(module) for module in weights})
     if wanted == ALL_LINEAR:
-        chosen = [module for module in weights if _leaf(module) not in _HEADS]
+        chosen = [module for module in weights if _HEADS.isdisjoint(module.split("."))]
     elif isinstance(wanted, str):
         chosen = _matching(list(weights), wanted, leaves)
     else:
@@ -48,6 +47,24 @@ def find_targets(model: Checkpoint, wanted: str | Sequence[str]) -> dict[str, st
             remedy=f"'{ALL_LINEAR}', names out of {', '.join(leaves)}, or a regular expression for whole names",
         )
     return {weights[module]: module for module in chosen}
+
+
+def _linear_modules(model: Checkpoint) -> dict[str, str]:
+    """Return the modules that a LoRA can be put on, by the names of their weights, in their natural order.
+
+    A matrix of an expert that is stored on its own counts, by its stored name: PEFT takes it to the stack that
+    transformers fuses the experts' matrices into.
+    """
+    kind_of = kinds(model, model.tensors).by_name
+    matrices = [t.name for t in model.tensors.values() if t.name.endswith(".weight") and len(t.shape) == 2 and t.count]
+    parts = None if names_say_everything(model) else parts_of(model)
+    if parts is None:
+        found = {name: name for name in matrices if kind_of[name] is Kind.LINEAR}
+    else:
+        found = {name: parts[name].parameter for name in matrices if name in parts and parts[name].is_linear}
+        experts = (name for name in matrices if name in parts and not parts[name].is_whole and _EXPERT.search(name))
+        found |= {name: name for name in experts if kind_of[name] is Kind.LINEAR}
+    return {name: found[name].removesuffix(".weight") for name in sorted(found, key=natural_key)}
 
 
 def _leaf(module: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basiscli.runtime.kv_projection import plain_attention
+from basiscli.runtime.kv_heads import plain_attention
 
 
 class AttentionMomentSums(nn.Module):

@@ -30,6 +30,7 @@ from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
 from basiscli.hub.resolve import resolve
+from basiscli.model.adapted import adapted
 from basiscli.model.architecture import kind_by_name
 from basiscli.names import natural_key
 from basiscli.transforms import Choices, History, Kind, Method
@@ -292,4 +293,4 @@ def _open(source: Source, base: Checkpoint | None) -> Model:
     if not source.is_adapter:
         return Checkpoint.open(source)
     assert base is not None  # find_base sees to it that adapters have one
-    return AdapterView(Adapter(source), base)
+    return adapted(Adapter(source), base)

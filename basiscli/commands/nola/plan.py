@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from basiscli.checkpoints.adapter import Adapter
-from basiscli.checkpoints.adapter_view import AdapterView
 from basiscli.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.layout import Layout
@@ -21,7 +20,8 @@ from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.rates import MEASURED, Rates
 from basiscli.errors import InputError, UsageError
 from basiscli.hub.resolve import resolve, resolve_base
-from basiscli.model.architecture import loaded_names
+from basiscli.model.adapted import adapted
+from basiscli.model.names import loaded_names
 
 BITS = (4, 8, 16)
 
@@ -217,7 +217,7 @@ def _on_base(adapter: Adapter, given: str | None, *, headers_only: bool) -> tupl
     else:
         found = resolve(given, headers_only=headers_only)
     base = Checkpoint.open(found)
-    view = AdapterView(adapter, base)
+    view = adapted(adapter, base)
     loaded = loaded_names(base, view.modules)
     modules = [
         NolaModule(name, loaded[weight].removesuffix(".weight"), *_sizes(adapter, name))

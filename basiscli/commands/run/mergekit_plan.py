@@ -21,6 +21,7 @@ from basiscli.engine.partial import fingerprint_of
 from basiscli.engine.settings import Settings
 from basiscli.errors import InputError
 from basiscli.hub.resolve import resolve
+from basiscli.model.adapted import adapted
 from basiscli.model.stacked import LayerRange, layer_count, stack_layers
 from basiscli.model.vocabulary import ReindexedCheckpoint, files_with_new_token_ids
 from basiscli.registry import Registry
@@ -63,7 +64,7 @@ def plan_mergekit(
     models: dict[ModelName, Model] = {
         name: checkpoint
         if name.lora is None
-        else AdapterView(Adapter(resolve(name.lora, headers_only=settings.headers_only)), checkpoint)
+        else adapted(Adapter(resolve(name.lora, headers_only=settings.headers_only)), checkpoint)
         for name, checkpoint in opened.items()
     }
     parts = recipe.part.slices or [_whole(recipe, method, stored)]
