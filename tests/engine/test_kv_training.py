@@ -122,10 +122,10 @@ def test_any_number_is_a_seed(training: Callable[..., Training], seed: int) -> N
 
 def test_every_epoch_takes_all_windows_in_another_order(training: Callable[..., Training]) -> None:
     run = training(windows=text_windows(count=5))
-    taken = torch.cat([run._places(step) for step in range(10)]).view(4, 5)
+    taken = torch.cat([run._window_indices(step) for step in range(10)]).view(4, 5)
     assert taken.sort(-1).values.tolist() == [[0, 1, 2, 3, 4]] * 4
     assert len({tuple(epoch) for epoch in taken.tolist()}) > 1
-    assert torch.equal(training(windows=text_windows(count=5))._places(7), run._places(7))
+    assert torch.equal(training(windows=text_windows(count=5))._window_indices(7), run._window_indices(7))
 
 
 def test_a_batch_may_be_larger_than_all_windows(training: Callable[..., Training]) -> None:
