@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import basiscli
 from basiscli import NolaConfig  # from here on PEFT knows it
 from basiscli.checkpoints.kv_file import read_kv_bases
-from basiscli.cli import app
+from basiscli.app import app
 from basiscli.runtime.caches import cache_of, given_cache
 from tests.conftest import basis_process
 from tests.init_models import off, quiet_peft, with_peft
