@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 
 import basiscli
 from basiscli import NolaConfig  # from here on PEFT knows it
-from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.app import app
+from basiscli.checkpoints.kv_file import read_kv_bases
 from basiscli.runtime.caches import cache_of, given_cache
 from tests.conftest import basis_process
 from tests.init_models import off, quiet_peft, with_peft
