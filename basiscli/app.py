@@ -39,14 +39,14 @@ def assemble(words: Sequence[str] | None = None) -> typer.Typer:
         raise SystemExit(error.exit_code) from error
     named = next((word for word in words or () if not word.startswith("-")), None)
     for command in _loaded([points[named]] if named in points else list(points.values())):
-        if command.group is not None:
+        if words is not None and command.name != named:
+            app.command(command.name, help=command.help)(_not_named)
+        elif command.group is not None:
             app.add_typer(command.load(command.group)(), name=command.name)
-        elif words is None or command.name == named:
+        else:
             from basiscli.cli.signature import NO_HELP, terminal_function
 
             app.command(command.name, context_settings=NO_HELP)(terminal_function(command))
-        else:
-            app.command(command.name, help=command.help)(_not_named)
     return app
 
 
