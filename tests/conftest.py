@@ -24,7 +24,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from basiscli.app import app
-from tests.forked import Forked, can_fork
+from tests.forked import Forked, can_fork, different
 
 if TYPE_CHECKING:
     from tests.hub_server import Hub
@@ -69,6 +69,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Groups(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _no_variable_stays() -> Iterator[None]:
+    """Take away the variables that libraries set as they work (torch does as it compiles): the next test knows none."""
+    before = set(os.environ)
+    yield
+    for name in different(os.environ) - before:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

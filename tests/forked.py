@@ -81,7 +81,12 @@ class Forked:
 
 def can_fork(env: dict[str, str]) -> bool:
     """Whether nothing that was read when the modules were imported would be read otherwise now."""
-    return hasattr(os, "pidfd_open") and _settings(env) == SETTINGS
+    return hasattr(os, "pidfd_open") and not different(env)
+
+
+def different(env: Mapping[str, str]) -> set[str]:
+    """Return the names of the variables that are not what they were when the modules were imported."""
+    return {name for name, _ in _settings(env).items() ^ SETTINGS.items()}
 
 
 def _settings(env: Mapping[str, str]) -> dict[str, str]:

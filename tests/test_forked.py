@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import basis_process, new_interpreter, python_process
-from tests.forked import Forked, can_fork
+from tests.forked import Forked, can_fork, different
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
 SEEN = "import os, sys; print(sys.argv, sys.path[0], os.getcwd(), sorted(os.environ), __name__); sys.stderr.write('é')"
@@ -36,7 +36,7 @@ def ended(start: Callable[..., Any], *words: str, cwd: Path) -> tuple[int | None
 def test_a_fork_sees_and_says_what_a_new_interpreter_does(tmp_path: Path, words: list[str]) -> None:
     process = python_process("-c", "pass")
     process.communicate()
-    assert isinstance(process, Forked), "nothing is forked"
+    assert isinstance(process, Forked), f"nothing is forked, as these differ: {different(os.environ)}"
     assert ended(python_process, *words, cwd=tmp_path) == ended(new_interpreter, *words, cwd=tmp_path)
 
 
