@@ -57,9 +57,9 @@ class DirectFile:
 
     def close(self) -> None:
         """Close the file; `write` writes nothing from now on."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _buffer() -> memoryview:

@@ -83,10 +83,8 @@ class Shards:
                 raise disk_error(error, self.folder / file) from error
 
     def close(self) -> None:
-        """Close the files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-        for direct in self._direct.values():
-            direct.close()
-        self._direct.clear()
+        """Close the files; one that an interruption kept it from is not closed twice, when its number is another's."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+        while self._direct:
+            self._direct.popitem()[1].close()

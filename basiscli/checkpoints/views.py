@@ -109,9 +109,8 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; `read` opens them again."""
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            while self._descriptors:  # an interruption must not let a number be closed twice
+                os.close(self._descriptors.popitem()[1])
 
     def _fill(self, buffer: memoryview, stored: StoredTensor, offset: int) -> None:
         with self._lock:

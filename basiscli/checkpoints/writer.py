@@ -144,8 +144,8 @@ class PartialOutput(Shards):
     def close(self) -> None:
         """Close the files and let go of the lock; what is finished stays for the next run."""
         super().close()
-        os.close(self._journal)
-        self._journal = os.open(os.devnull, os.O_WRONLY)
+        journal, self._journal = self._journal, os.open(os.devnull, os.O_WRONLY)
+        os.close(journal)
 
     def _take_the_name(self, overwrite: bool) -> None:
         old = replaced_folder(self.out)

@@ -98,6 +98,10 @@ class Command:
     position: int = 100
     """Sort key in `basis --help`."""
 
+    def __post_init__(self) -> None:
+        for name in ("terminal", "own_methods"):  # a list has no hash
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def load(self, reference: Any) -> Any:
         """Return the object that a reference of this declaration names, importing its module."""
         if not isinstance(reference, str):
@@ -157,7 +161,7 @@ def load_command(point: EntryPoint) -> Command:
     owner = _owner(point)
     try:
         found = point.load()
-    except Exception as error:  # a stranger's module may fail in any way
+    except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
         raise UsageError(
             f"command '{point.name}' of {owner} does not load: {type(error).__name__}: {error}",
             remedy=f"update or uninstall {owner}",

@@ -137,8 +137,9 @@ def flag_of(name: str, meaning: Option) -> str:
 
 def _refusal(model: type[Options], error: ValidationError) -> UsageError:
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
     meanings = options_of(model)
+    name = str(first["loc"][0]) if first["loc"] else ""
+    name = next((field for field in meanings if name in _spellings(model, field)), name)
     if first["type"] == "extra_forbidden":
         return UsageError(f"no option '{name}'", remedy=did_you_mean(name, meanings))
     if first["type"] == "missing":
@@ -148,6 +149,12 @@ def _refusal(model: type[Options], error: ValidationError) -> UsageError:
         kind = plain_type(model.model_fields[name])
         return UsageError(f"{flag_of(name, meanings[name])} {value}", remedy=f"one of {', '.join(get_args(kind))}")
     return UsageError(f"{name}: {first['msg'].lower()}: {value!r}", remedy=meanings[name].help)
+
+
+def _spellings(model: type[Options], name: str) -> list[str]:
+    """Return what a field may be called: its name, and its aliases where it has some."""
+    alias = model.model_fields[name].validation_alias
+    return [name, *(str(one) for one in getattr(alias, "choices", [alias] if alias else []))]
 
 
 # Values, as they are spelled at the command line, in Python and in recipes --------------------------------------------
@@ -171,10 +178,11 @@ def _parameters(pairs: Any) -> Any:
     """Turn `name=value` words into parameters; values are read as JSON where they are JSON."""
     if pairs is None or isinstance(pairs, Mapping):
         return pairs or {}
+    pairs = [pairs] if isinstance(pairs, str) else pairs
     parameters: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
+    for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
+        name, equals, value = str(pair).partition("=")
+        if not equals or not name or not isinstance(pair, str):
             raise UsageError(f"not a parameter: '{pair}'", remedy="write -p name=value")
         try:
             parameters[name] = json.loads(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field
 
@@ -164,7 +164,7 @@ class Terminal(Options):
         Path | None, option("Write this command as a recipe for `basis run`.", metavar="FILE", panel=_AFTER)
     ] = None
     progress: Annotated[
-        str, option("Bars on a terminal, or json: one JSON object a line on stderr.", metavar="bar|json")
+        Literal["bar", "json"], option("Bars on a terminal, or json: one JSON object a line on stderr.")
     ] = "bar"
     as_json: Annotated[bool, option("Print one JSON document on stdout.", "--json")] = False
     quiet: Annotated[bool, option("Print the result only.", "-q")] = False

@@ -66,8 +66,8 @@ def as_step(command: Command, options: Options) -> dict[str, Any]:
 def _goes_without_saying(options: Options, name: str, meaning: Option) -> bool:
     """Return whether a recipe says the same without it, in later versions with other defaults as well."""
     value = getattr(options, name)
-    by_default = meaning.machine and value == type(options).model_fields[name].default
-    return value is None or value is False or value in ({}, []) or by_default
+    default = type(options).model_fields[name].get_default(call_default_factory=True)
+    return value is None or (value == default and (meaning.machine or value is False or value in ({}, [])))
 
 
 def _plain(value: Any) -> Any:

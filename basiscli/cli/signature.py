@@ -101,17 +101,18 @@ def _parameter(model: type[Options], name: str, meaning: Option) -> inspect.Para
     if meaning.argument:
         info: Any = typer.Argument(**more)
     else:
-        info = typer.Option(*_flags(name, meaning), **more)
+        info = typer.Option(*_flags(name, meaning, is_on=default is True), **more)
     annotation = kind if required or default is not None else kind | None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )
 
 
-def _flags(name: str, meaning: Option) -> list[str]:
+def _flags(name: str, meaning: Option, *, is_on: bool) -> list[str]:
     flags = list(meaning.flags)
     if not any("--" in flag for flag in flags):
-        flags = [flag_of(name, meaning), *flags]
+        long = flag_of(name, meaning)
+        flags = [f"{long}/--no-{long[2:]}" if is_on else long, *flags]
     return flags
 
 

@@ -210,9 +210,9 @@ def _run_of(job: Job) -> Any:
     global _part
     if _part is None or _part.job_id != job.id:
         if _part is not None:
-            _part.shards.close()
-            _part.plan.close()
-            _part = None
+            ended, _part = _part, None  # first: a task that is cancelled here must not leave a part that is half closed
+            ended.shards.close()
+            ended.plan.close()
         _part = _take_up(job)
     if job.run not in _part.runs:
         _part.runs[job.run] = job.run(_part.plan, _part.shards, Silent(), torch.device(job.device), Threads(1))

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from basiscli.checkpoints.cache import cache_folder, cached
 from basiscli.checkpoints.digests import digest
@@ -89,11 +90,21 @@ def parts_of(checkpoint: Checkpoint) -> Mapping[str, Part] | None:
         _transformers_version(),
     ]  # fmt: skip
     name = digest([json.dumps(facts, sort_keys=True, default=str).encode()])
+    folder = cache_folder() / "names" / name
     try:
-        folder = cached(cache_folder() / "names" / name, lambda place: _write(place, _parts(checkpoint)))
         return _read(folder)
-    except (OSError, ValueError, KeyError):  # a cache that cannot be written or read is none
-        return _parts(checkpoint)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
+        parts = _parts(checkpoint)
+    if parts is not None:  # or a package that is missing today would be missed for ever
+        with suppress(OSError):  # a cache that cannot be written is none
+            shutil.rmtree(folder, ignore_errors=True)
+            cached(folder, lambda place: _write(place, parts))
+    return parts
+
+
+def found_by(checkpoint: Checkpoint) -> Literal["names", "model"]:
+    """Return whether names alone say what its tensors are, or the model that transformers builds: for reports."""
+    return "names" if names_say_everything(checkpoint) or parts_of(checkpoint) is None else "model"
 
 
 def loaded_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
@@ -114,15 +125,12 @@ def _transformers_version() -> str:
     return version("transformers")
 
 
-def _write(folder: Path, parts: Mapping[str, Part] | None) -> None:
-    table = None if parts is None else {name: asdict(part) for name, part in parts.items()}
-    (folder / "parts.json").write_text(json.dumps(table))
+def _write(folder: Path, parts: Mapping[str, Part]) -> None:
+    (folder / "parts.json").write_text(json.dumps({name: asdict(part) for name, part in parts.items()}))
 
 
-def _read(folder: Path) -> Mapping[str, Part] | None:
+def _read(folder: Path) -> Mapping[str, Part]:
     table = json.loads((folder / "parts.json").read_text())
-    if table is None:
-        return None
     return {
         name: Part(**(one | {"kind": Kind(one["kind"]), "modules": tuple(one["modules"])}))
         for name, one in table.items()
@@ -213,7 +221,7 @@ def _part(model: nn.Module, parameter: str, holders: Mapping[int, list[str]], *,
 
 def _reads_weights_of(parent: nn.Module, name: str) -> bool:
     """Return whether a module multiplies with a child's weight without calling the child, as Mamba's mixers do."""
-    return "mamba" in type(parent).__name__.lower() and name.rpartition(".")[2] in {"out_proj", "x_proj", "dt_proj"}
+    return hasattr(parent, "A_log") and name.rpartition(".")[2] in {"out_proj", "x_proj", "dt_proj"}
 
 
 def _kind(module: nn.Module, leaf: str) -> Kind:
@@ -224,13 +232,27 @@ def _kind(module: nn.Module, leaf: str) -> Kind:
         return Kind.BUFFER
     if leaf == "bias" or leaf.endswith("_bias"):
         return Kind.BIAS
-    if isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
-        return Kind.LINEAR  # and not Llama 4's router, which is a Linear that returns scores
+    if isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and _maps_like_linear(module)):
+        return Kind.LINEAR
     if isinstance(module, nn.Embedding):
         return Kind.EMBEDDING
     if isinstance(module, nn.modules.conv._ConvNd):
         return Kind.CONV
     return Kind.NORM if "norm" in type(module).__name__.lower() else Kind.OTHER
+
+
+def _maps_like_linear(module: nn.Linear) -> bool:
+    """Return whether a layer makes outputs of inputs as a linear layer does; Llama 4's router returns scores."""
+    import torch
+    from torch import nn
+
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        outputs = module(torch.empty(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device))
+    except Exception:  # a layer that groups or routes its inputs wants others
+        return False
+    return isinstance(outputs, torch.Tensor) and outputs.shape == (1, module.out_features)
 
 
 def _natural(name: str) -> list[Any]:

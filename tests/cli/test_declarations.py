@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -19,8 +19,10 @@ from typer.testing import Result
 
 import basiscli
 from basiscli.app import app
-from basiscli.cli.command import command_points, find_command, load_command
-from basiscli.cli.fields import Options, options_of
+from basiscli.cli.command import Command, command_points, find_command, load_command
+from basiscli.cli.fields import Option, Options, options_of
+from basiscli.cli.save_recipe import as_step
+from basiscli.cli.signature import terminal_function
 from basiscli.commands.methods.cli import range_in_words
 from basiscli.transforms import Parameters
 from tests.conftest import basis_process, read_checkpoint
@@ -204,3 +206,54 @@ def test_options_are_refused_by_their_flag() -> None:
 
     with pytest.raises(basiscli.UsageError, match="no option 'x'"):
         Own.of(x=1)
+
+
+class Switches(Options):
+    keep: Annotated[bool, Option("Keep it.")] = True
+    words: Annotated[list[str], Option("Words.")] = ["a"]  # noqa: RUF012
+
+
+def test_a_recipe_has_what_is_off_where_on_is_the_default() -> None:
+    command = Command("switches", "Switch.", __name__, options=Switches, terminal=["quiet"])
+    assert as_step(command, Switches()) == {"switches": None, "keep": True, "words": ["a"]}
+    assert as_step(command, Switches(keep=False, words=[])) == {"switches": None, "keep": False, "words": []}
+    assert command.terminal == ("quiet",)
+    parameters = inspect.signature(terminal_function(command)).parameters
+    info = parameters["keep"].annotation.__metadata__[0]
+    assert "--keep/--no-keep" in (info.default, *info.param_decls)  # Typer first takes one for a default
+
+
+def test_a_progress_that_there_is_not_is_refused(family: dict[str, Path], basis: Basis) -> None:
+    refused = basis("diff", family["a"], family["b"], "--progress", "xml")
+    assert refused.exit_code == 2 and "--progress xml" in refused.stderr and "bar, json" in refused.stderr
+
+
+@pytest.mark.parametrize("parameters", [3, [3], [("density", 0.3)], "density"])
+def test_parameters_that_are_none_are_refused(family: dict[str, Path], tmp_path: Path, parameters: Any) -> None:
+    with pytest.raises(basiscli.UsageError, match="not a parameter"):
+        basiscli.plan_merge([family["a"], family["b"]], method="ties", base=family["base"], parameters=parameters)
+    recipe = {"steps": [{"merge": [str(family["a"])], "method": "ties", "parameters": parameters}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = basis_process("run", tmp_path / "recipe.yaml", "--dry-run")
+    assert done.returncode in (2, 3) and "not a parameter" in done.stderr
+
+
+def test_one_parameter_is_a_string(family: dict[str, Path]) -> None:
+    plan = basiscli.plan_merge([family["a"]], method="ties", base=family["base"], parameters="density=0.25")
+    assert plan.parameters["density"] == 0.25
+
+
+@pytest.mark.parametrize("wrong", [{"plugin": "x.py"}, {"plugins": "x.py"}])
+def test_an_option_by_its_other_name_is_refused_like_itself(family: dict[str, Path], wrong: dict[str, Any]) -> None:
+    with pytest.raises(basiscli.UsageError, match="plugins: input should be a valid list"):
+        basiscli.plan_merge([family["a"]], method="linear", **wrong)
+
+
+def test_a_package_that_ends_the_process_is_a_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-1.0.dist-info"
+    broken.mkdir()
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (broken / "entry_points.txt").write_text("[basis.command]\nbroken = leaves:command\n")
+    done = basis_process("--help", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "command 'broken' of broken does not load" in done.stderr

@@ -120,3 +120,10 @@ def test_no_recipe_of_what_is_refused_and_none_over_another(folder: Path, basis:
     assert "the recipe exists" in again.stderr
     assert (folder / "recipe.yaml").read_text() == "mine"
     assert not (folder / "merge-linear").exists()
+
+
+def test_what_is_off_and_would_be_on_is_written(folder: Path, basis: Basis) -> None:
+    done = basis("init", "a", "-m", "eva", "--no-center", "--dry-run", "--save-recipe", "recipe.yaml")
+    assert (folder / "recipe.yaml").is_file(), done.stderr
+    (step,) = steps_of(folder / "recipe.yaml")
+    assert step["center"] is False

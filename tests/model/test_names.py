@@ -15,11 +15,12 @@ from torch import nn
 from typer.testing import Result
 
 import basiscli
+from basiscli.checkpoints.cache import cache_folder
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.commands.init.targets import find_targets
 from basiscli.hub.resolve import resolve
 from basiscli.model.architecture import kinds
-from basiscli.model.names import PLAIN, Part, loaded_names, names_say_everything, parts_of
+from basiscli.model.names import PLAIN, Part, _kind, loaded_names, names_say_everything, parts_of
 from basiscli.transforms import Kind
 from tests.model_zoo import INPUTS, TEXT, answer, deepseek, granite_moe, llava, nemotron, save, siglip, vit, vit_gpt2
 
@@ -125,6 +126,63 @@ def test_routers_are_no_linear_layers_in_any_family(folders: dict[Make, Path]) -
 def test_what_reads_a_weight_without_its_module_is_no_target(folders: dict[Make, Path]) -> None:
     assert not any("head.attention.out_proj" in name for name in find_targets(opened(folders[siglip]), "all-linear"))
     assert not any("mixer.out_proj" in name for name in find_targets(opened(folders[nemotron]), "all-linear"))
+
+
+def falcon() -> nn.Module:
+    """Return a decoder whose layers are a subclass of `nn.Linear` with a `forward` of its own."""
+    config = transformers.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return transformers.FalconForCausalLM(config)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_one(tmp_path: Path) -> None:
+    folder = save(falcon, tmp_path / "m")
+    made = basiscli.init(folder, method="pissa", rank=4, output=tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = transformers.FalconForCausalLM.from_pretrained(folder).eval()(ids).logits
+        residual = transformers.FalconForCausalLM.from_pretrained(made.residual).eval()
+        found = with_adapter(residual, made.adapter)(ids).logits
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_a_linear_layer_that_returns_something_else_is_none() -> None:
+    from transformers.models.llama4.modeling_llama4 import Llama4Router
+
+    class Grouped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(2, 3)
+
+    config = transformers.Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=1)
+    with torch.device("meta"):
+        layers = [Llama4Router(config), Grouped(8, 4), nn.Linear(8, 4)]
+    assert [_kind(layer, "weight") for layer in layers] == [Kind.OTHER, Kind.OTHER, Kind.LINEAR]
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"a": 5}', '{"a": null}', '{"a": {"modules": 5}}', "{"])
+def test_a_damaged_cache_is_made_again(folders: dict[Make, Path], content: str) -> None:
+    checkpoint = opened(folders[vit])
+    expected = parts_of(checkpoint)
+    file = max((cache_folder() / "names").glob("*/parts.json"), key=lambda file: file.stat().st_mtime_ns)
+    text = file.read_text()
+    file.write_text(content)
+    assert parts_of(checkpoint) == expected and file.read_text() == text
+
+
+def test_a_model_that_is_not_built_today_may_be_tomorrow(
+    folders: dict[Make, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = opened(folders[llava])
+    with monkeypatch.context() as patch:
+        patch.setenv("BASIS_CACHE", str(tmp_path / "cache"))
+        patch.setattr("basiscli.model.names.meta_model", lambda checkpoint: None)
+        made = basiscli.init(folders[llava], method="pissa", rank=4, output=tmp_path / "out")
+        assert any("transformers does not build this model" in note for note in made.report.notes)
+        assert made.report.kinds_found_by == "names"
+        patch.undo()
+        patch.setenv("BASIS_CACHE", str(tmp_path / "cache"))
+        assert parts_of(checkpoint) is not None
+        made = basiscli.init(folders[llava], method="pissa", rank=4, output=tmp_path / "again")
+        assert made.report.kinds_found_by == "model"
 
 
 def test_what_peft_cannot_place_is_noted_or_refused_by_name(

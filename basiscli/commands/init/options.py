@@ -56,7 +56,9 @@ class InitOptions(
     ] = None
     rho: Annotated[float | None, option("eva: a module's rank is at most rho times the mean.", default="2")] = None
     whiten: Annotated[bool, option("eva: scale A to inputs of variance 1.")] = False
-    center: Annotated[bool | None, option("eva: leave the inputs' mean in.", " /--no-center")] = None
+    center: Annotated[
+        bool | None, option("eva: take the inputs' mean out first; --no-center leaves it in.", " /--no-center")
+    ] = None
     bases: Annotated[int | None, option("nola: random matrices a factor.", default="1024")] = None
     parameters: Annotated[
         Parameters,

@@ -9,7 +9,7 @@ from basiscli.commands.init.peft_config import lora_config
 from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.init.targets import ALL_LINEAR
 from basiscli.errors import UsageError
-from basiscli.model.names import parts_of
+from basiscli.model.names import names_say_everything, parts_of
 from basiscli.model.placement import unplaced
 from basiscli.names import format_count
 
@@ -28,6 +28,9 @@ def placed(plan: InitPlan) -> InitPlan:
     if not isinstance(plan.format, LoRAFormat):
         return plan
     checkpoint = plan.base or plan.model
+    if checkpoint.config.get("architectures") and not names_say_everything(checkpoint) and parts_of(checkpoint) is None:
+        note = "transformers does not build this model here: modules have their stored names, and PEFT was not asked"
+        return replace(plan, notes=[*plan.notes, note])
     _refuse_ranks_by_expert(plan)
     while True:
         tensors = {module.name: plan.adapter_tensors(name, plan.rank) for name, module in plan.modules.items()}

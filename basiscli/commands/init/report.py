@@ -14,6 +14,7 @@ from basiscli.commands.init.plan import InitPlan
 from basiscli.commands.init.reproduce import init_command
 from basiscli.commands.init.run import Entry, InitRun
 from basiscli.model.architecture import kind_by_name
+from basiscli.model.names import found_by
 from basiscli.names import natural_key
 from basiscli.reports.facts import checkpoint_record, common_license, peak_memory_bytes, unchanged, versions
 from basiscli.reports.schema import (
@@ -46,7 +47,7 @@ def build_init_report(run: InitRun, *, seconds: float) -> Report:
         notes=[*plan.notes, *common_license(sources)[1]],
         numbers=_numbers(run),
         adapter=_adapter(run),
-        kinds_found_by="names",
+        kinds_found_by=found_by(plan.base or plan.model),
         weights_digest=weights_digest(run.output.layout.tensors.values(), written),
         tensors=_tensors(run, written),
         cost=Cost(
