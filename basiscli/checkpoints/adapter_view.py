@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from basiscli.checkpoints.adapter import CONV1D_MODELS, Adapter
 from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.header import StoredTensor, TensorSpec
+from basiscli.checkpoints.tied import same_bytes, show_head
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
 
@@ -58,6 +59,8 @@ class AdapterView:
         self._bias = {rename(name): delta for name, delta in adapter.bias_deltas.items()}
         self._replaced = {rename(name): stored for name, stored in adapter.replaced.items()}
         self._drop_tied_head()
+        for name in [*self._factors, *self._replaced]:
+            show_head(base, name)
         self.tensors: dict[str, TensorSpec] = dict(base.tensors)
         for name in [*self._factors, *self._bias, *self._replaced]:
             if name not in base.tensors:
@@ -72,6 +75,16 @@ class AdapterView:
     def changes(self, name: str) -> bool:
         """Return whether the adapter touches a tensor of its base."""
         return name in self._factors or name in self._bias or name in self._replaced
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The base's `config.json`."""
+        return self.base.config
+
+    def keeps_tied(self, head: str, embedding: str) -> bool:
+        """Return whether the adapter replaces an output head and the embedding it is tied to by the same numbers."""
+        stored = [self.adapter.weights.tensors[self._replaced[n]] for n in (head, embedding) if n in self._replaced]
+        return len(stored) == 2 and same_bytes(*stored)
 
     def is_low_rank(self, name: str) -> bool:
         """Return whether all that the adapter does to a tensor is a product of two factors, or nothing."""

@@ -32,7 +32,12 @@ _MAX_BYTES = 100_000_000
 
 
 def sidecar_files(
-    reference: Checkpoint, dtype: str | None, *, code: bool, tokenizer: Mapping[str, bytes] | None = None
+    reference: Checkpoint,
+    dtype: str | None,
+    *,
+    code: bool,
+    tokenizer: Mapping[str, bytes] | None = None,
+    untied: bool = False,
 ) -> dict[str, bytes]:
     """Return the contents of the files to write beside a full checkpoint's weights, by name.
 
@@ -41,6 +46,7 @@ def sidecar_files(
         dtype: storage dtype to write into config.json ('BF16'); None to keep it.
         code: also copy `*.py` files, which are never run.
         tokenizer: files of a tokenizer that replaces the checkpoint's own.
+        untied: whether the output head is on its own where the checkpoint ties it.
     """
     folder = reference.source.folder
     files = {file.name: _content(file) for file in sorted(folder.iterdir()) if _belongs(file, code=code)}
@@ -49,7 +55,10 @@ def sidecar_files(
     if tokenizer is not None:
         files = {name: content for name, content in files.items() if name not in _TOKENIZER} | dict(tokenizer)
     if reference.config:
-        files["config.json"] = (json.dumps(_config(reference.config, dtype), indent=2, sort_keys=True) + "\n").encode()
+        config = _config(reference.config, dtype) | ({"tie_word_embeddings": False} if untied else {})
+        if untied and isinstance(config.get("text_config"), dict):
+            config = config | {"text_config": config["text_config"] | {"tie_word_embeddings": False}}
+        files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return files
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.model.names import parts_of
@@ -108,20 +108,3 @@ def kinds(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec]) -> Kinds:
             # Without a model a matrix counts as linear, as it nearly always is; what is no part of the model is not.
             named[name] = Kind.LINEAR if parts is None else parts[name].kind if name in parts else Kind.OTHER
     return Kinds({name: kind for name, kind in named.items() if kind is not None}, found_by)
-
-
-def tied_pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
-    """Return the names (output head, embedding) of two stored tensors that the config may tie, else None.
-
-    Whether they are tied is for their bytes to say: a config that leaves `tie_word_embeddings` out means its class's
-    default, and old checkpoints store the same matrix twice.
-    """
-    if config.get("tie_word_embeddings") is False:
-        return None
-    heads = [n for n in tensors if n.rpartition(".")[0].rpartition(".")[2] in {"lm_head", "embed_out"}]
-    embeddings = [n for n in tensors if re.search(r"(^|\.)(embed_tokens|wte|shared|embed_in)\.weight$", n)]
-    for head in heads:
-        for embedding in embeddings:
-            if head.endswith(".weight") and tensors[head].shape == tensors[embedding].shape:
-                return head, embedding
-    return None

@@ -103,7 +103,9 @@ def run_merge(plan: MergePlan, progress: Progress) -> MergeResult:
         if plan.adapter_rank is None:
             tokenizer = plan.recipe.files if plan.recipe else None
             code = plan.settings.trust_remote_code
-            files = sidecar_files(plan.reference, plan.settings.dtype, code=code, tokenizer=tokenizer)
+            files = sidecar_files(
+                plan.reference, plan.settings.dtype, code=code, tokenizer=tokenizer, untied=plan.untied
+            )
         else:
             files = {"adapter_config.json": _adapter_config(plan, plan.adapter_rank)}
         files |= {REPORT: report.as_file(), "README.md": card}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from basiscli.checkpoints.adapter_view import Model
-from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.dtypes import DTYPES, is_quantised
 from basiscli.checkpoints.header import TensorSpec
 from basiscli.checkpoints.kv_file import CONFIG_FILE, read_kv_config
+from basiscli.checkpoints.tied import same_bytes, show_head, tied_head, tied_pair
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError
-from basiscli.model.architecture import is_buffer, is_quantised_name, kind_by_name, tied_pair
+from basiscli.model.architecture import is_buffer, is_quantised_name, kind_by_name
 from basiscli.transforms import Kind
 
 
@@ -27,6 +27,8 @@ class TensorSort:
     """Names of buffers and integer tensors, copied from the reference."""
     notes: list[str]
     """Notes for the report on missing, additional and tied tensors."""
+    untied: bool = False
+    """Whether an output head that the reference ties to its embedding is merged, and written, on its own."""
 
 
 def check_architecture(reference: Checkpoint, models: Sequence[Model], *, trust_remote_code: bool) -> None:
@@ -78,7 +80,14 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
     copied: list[str] = []
     notes: list[str] = []
     tied = tied_head(reference)
-    if tied:
+    changed = [model.source.label for model in models if tied and _unties(model, reference, tied)]
+    if tied and changed:
+        _refuse_scaled_head(reference, tied, changed)
+        notes.append(f"{tied} is tied to the embedding, and changed by {', '.join(changed)}: it is written on its own")
+        for model in models:
+            show_head(model, tied)
+        tied = None
+    elif tied:
         notes.append(f"{tied} is tied to the embedding and counted once")
     for name, tensor in reference.tensors.items():
         if name == tied:
@@ -103,7 +112,7 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
     for model in models:
         _refuse_nothing_in_common(reference, model, merged)
     notes += [note for model in models for note in _notes_on_extras(reference, model, allow_missing=allow_missing)]
-    return TensorSort(merged, copied, notes)
+    return TensorSort(merged, copied, notes, untied=bool(changed))
 
 
 def _refuse_nothing_in_common(reference: Checkpoint, model: Model, merged: Sequence[str]) -> None:
@@ -122,14 +131,25 @@ def _refuse_nothing_in_common(reference: Checkpoint, model: Model, merged: Seque
     )
 
 
-def tied_head(checkpoint: Checkpoint) -> str | None:
-    """Return the name of an output head that is stored byte for byte like the embedding it is tied to, else None."""
-    pair = tied_pair(checkpoint.config, checkpoint.tensors)
-    if pair is None:
-        return None
-    head, embedding = (checkpoint.tensors[name] for name in pair)
-    same = head.dtype == embedding.dtype and stored_digest(head) == stored_digest(embedding)
-    return head.name if same else None
+def _unties(model: Model, reference: Checkpoint, head: str) -> bool:
+    """Return whether a model's output head is no longer its embedding."""
+    pair = tied_pair(reference.config, reference.tensors) or ()
+    if not isinstance(model, Checkpoint):
+        return model.changes(head) and not model.keeps_tied(*pair)
+    stored = [model.tensors.get(name) for name in pair]
+    one, other = stored if len(stored) == 2 else (None, None)
+    return one is not None and other is not None and not same_bytes(one, other)
+
+
+def _refuse_scaled_head(reference: Checkpoint, head: str, changed: Sequence[str]) -> None:
+    """Raise for an encoder-decoder: T5 scales what goes into a head only where it is tied."""
+    if reference.config.get("is_encoder_decoder"):
+        raise InputError(
+            f"{', '.join(changed)} changes the output head that {reference.source.spec} ties to its embedding",
+            file=reference.source.folder / "config.json",
+            tensor=head,
+            remedy="an encoder-decoder whose head is not tied is another model: leave that adapter or model out",
+        )
 
 
 def _notes_on_extras(reference: Checkpoint, model: Model, *, allow_missing: bool) -> list[str]:

@@ -65,6 +65,7 @@ class MergePlan:
     notes: list[str]
     settings: Settings
     recipe: FromRecipe | None = None
+    untied: bool = False  # whether an output head that the reference ties is written on its own
 
     def choice(self, name: str) -> Choice:
         """Return the method's parameters and the weights for one tensor."""
@@ -235,7 +236,7 @@ def plan_opened(
     folder = output_folder(f"merge-{method.name}" if out is None else out, sources, overwrite=settings.overwrite)
     plan = MergePlan(
         folder, method, choice[0], opened, choice[1], base, history, merged, copied, layout, rank, found, settings,
-        recipe,
+        recipe, sort.untied,
     )  # fmt: skip
     check_disk(plan.out, plan.write_bytes + plan.scratch_bytes, headers_only=settings.headers_only)
     return plan
