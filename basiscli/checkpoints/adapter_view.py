@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from basiscli.checkpoints.adapter import CONV1D_MODELS, Adapter
-from basiscli.checkpoints.digests import stored_digest
 from basiscli.checkpoints.header import StoredTensor, TensorSpec
 from basiscli.checkpoints.tied import same_bytes, show_head
 from basiscli.checkpoints.views import Checkpoint
@@ -165,10 +164,7 @@ class AdapterView:
         stored = {name: self.adapter.weights.tensors[key] for name, key in self._replaced.items()}
         for name in [name for name in stored if name not in self.base.tensors and name.endswith("lm_head.weight")]:
             twins = [t for other, t in stored.items() if other != name and t.shape == stored[name].shape]
-            head = stored[name]
-            # Headers alone do not tell; what PEFT saves beside its twin nearly always is the same.
-            hollow = head.file.stat().st_size < head.offset + head.nbytes
-            if any(hollow or stored_digest(twin) == stored_digest(head) for twin in twins):
+            if any(same_bytes(stored[name], twin) for twin in twins):
                 del self._replaced[name]
 
     def _check_shape(self, name: str, target: StoredTensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from basiscli.checkpoints.adapter import Adapter
 from basiscli.checkpoints.adapter_view import AdapterView
 from basiscli.checkpoints.views import Checkpoint
-from basiscli.model.names import names_say_everything, parts_of
+from basiscli.model.names import parts_if_needed
 
 
 def adapted(adapter: Adapter, base: Checkpoint) -> AdapterView:
@@ -17,4 +17,4 @@ def adapted(adapter: Adapter, base: Checkpoint) -> AdapterView:
     Raises:
         InputError: the adapter belongs to another base.
     """
-    return AdapterView(adapter, base, lambda: None if names_say_everything(base) else parts_of(base))
+    return AdapterView(adapter, base, lambda: parts_if_needed(base))

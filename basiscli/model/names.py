@@ -102,9 +102,14 @@ def parts_of(checkpoint: Checkpoint) -> Mapping[str, Part] | None:
     return parts
 
 
+def parts_if_needed(checkpoint: Checkpoint) -> Mapping[str, Part] | None:
+    """Return `parts_of` a checkpoint; None where the stored names say everything, or nobody knows more than they do."""
+    return None if names_say_everything(checkpoint) else parts_of(checkpoint)
+
+
 def found_by(checkpoint: Checkpoint) -> Literal["names", "model"]:
     """Return whether names alone say what its tensors are, or the model that transformers builds: for reports."""
-    return "names" if names_say_everything(checkpoint) or parts_of(checkpoint) is None else "model"
+    return "names" if parts_if_needed(checkpoint) is None else "model"
 
 
 def loaded_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
@@ -113,7 +118,7 @@ def loaded_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]
     A tensor that is part of a fused one, or of nothing, keeps its stored name.
     """
     as_stored = {name: name for name in names}
-    parts = None if names_say_everything(checkpoint) else parts_of(checkpoint)
+    parts = parts_if_needed(checkpoint)
     if parts is None:
         return as_stored
     return {name: parts[name].parameter if name in parts and parts[name].is_whole else name for name in as_stored}

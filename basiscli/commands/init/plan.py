@@ -37,7 +37,7 @@ from basiscli.engine.rates import MEASURED, Rates
 from basiscli.engine.settings import Settings
 from basiscli.engine.threads import peak_workspace
 from basiscli.errors import InputError
-from basiscli.model.names import names_say_everything, parts_of
+from basiscli.model.names import parts_if_needed
 from basiscli.names import natural_key
 from basiscli.transforms import Method
 
@@ -135,7 +135,7 @@ class InitPlan:
     @cached_property
     def transposed(self) -> frozenset[str]:
         """The targets whose weights are stored as [in, out], as GPT-2's Conv1D does."""
-        parts = None if names_say_everything(self.model) else parts_of(self.model)
+        parts = parts_if_needed(self.model)
         if parts is not None:
             return frozenset(name for name in self.targets if name in parts and parts[name].is_transposed)
         return frozenset(self.targets if self.model.config.get("model_type") in CONV1D_MODELS else ())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from basiscli.checkpoints.views import Checkpoint
 from basiscli.errors import InputError, UsageError, did_you_mean
 from basiscli.model.architecture import kinds
-from basiscli.model.names import names_say_everything, parts_of
+from basiscli.model.names import parts_if_needed
 from basiscli.names import natural_key
 from basiscli.transforms import Kind
 
@@ -57,7 +57,7 @@ def _linear_modules(model: Checkpoint) -> dict[str, str]:
     """
     kind_of = kinds(model, model.tensors).by_name
     matrices = [t.name for t in model.tensors.values() if t.name.endswith(".weight") and len(t.shape) == 2 and t.count]
-    parts = None if names_say_everything(model) else parts_of(model)
+    parts = parts_if_needed(model)
     if parts is None:
         found = {name: name for name in matrices if kind_of[name] is Kind.LINEAR}
     else:

@@ -80,7 +80,8 @@ def sort_tensors(reference: Checkpoint, models: Sequence[Model], *, allow_missin
     copied: list[str] = []
     notes: list[str] = []
     tied = tied_head(reference)
-    changed = [model.source.label for model in models if tied and _unties(model, reference, tied)]
+    pair = tied_pair(reference.config, reference.tensors) if tied else None
+    changed = [model.source.label for model in models if pair and _unties(model, *pair)]
     if tied and changed:
         _refuse_scaled_head(reference, tied, changed)
         notes.append(f"{tied} is tied to the embedding, and changed by {', '.join(changed)}: it is written on its own")
@@ -131,13 +132,11 @@ def _refuse_nothing_in_common(reference: Checkpoint, model: Model, merged: Seque
     )
 
 
-def _unties(model: Model, reference: Checkpoint, head: str) -> bool:
+def _unties(model: Model, head: str, embedding: str) -> bool:
     """Return whether a model's output head is no longer its embedding."""
-    pair = tied_pair(reference.config, reference.tensors) or ()
     if not isinstance(model, Checkpoint):
-        return model.changes(head) and not model.keeps_tied(*pair)
-    stored = [model.tensors.get(name) for name in pair]
-    one, other = stored if len(stored) == 2 else (None, None)
+        return model.changes(head) and not model.keeps_tied(head, embedding)
+    one, other = model.tensors.get(head), model.tensors.get(embedding)
     return one is not None and other is not None and not same_bytes(one, other)
 
 
